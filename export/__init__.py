@@ -1,0 +1,1 @@
+"""Checkpoint to ONNX to engine, with proof of parity (the Export issue)."""
