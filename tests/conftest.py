@@ -1,0 +1,52 @@
+"""What every test gets: its own cache folder, one thread, no network, and skips that say why."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+
+# Set here, before any test imports torch, and inherited by every process that a test starts.
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads: several ranks share few cores
+os.environ.setdefault("MPLBACKEND", "Agg")
+os.environ["HF_HUB_OFFLINE"] = "1"  # a test that reaches for the hub fails at once, everywhere alike
+for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    os.environ.pop(_name, None)  # pytest itself is no rank of a launcher
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of decoded data sets: a temporary folder of this session, never the user's own."""
+    folder = tmp_path_factory.mktemp("fer_dist_cache")
+    os.environ["FER_DIST_CACHE"] = str(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def real_archive() -> Path:
+    """The real FER2013 as a zip: `$FER2013_ROOT` (the file or its folder), or beside the repository."""
+    path = Path(os.environ.get("FER2013_ROOT") or ROOT.parent / "shared" / "fer2013")
+    return _present(path / "archive.zip" if path.is_dir() else path, "FER2013_ROOT names the real data set")
+
+
+@pytest.fixture(scope="session")
+def real_mobilenet() -> Path:
+    """torchvision's ImageNet weights of MobileNetV2."""
+    path = ROOT.parent / "shared" / "weights" / "mobilenet_v2-b0353104.pth"
+    return _present(path, "torchvision's file goes there")
+
+
+def _present(path: Path, hint: str) -> Path:
+    if not path.is_file():
+        pytest.skip(f"needs {path}, which is not here ({hint})")
+    return path
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests marked `gpu` where there is none; torch is imported only if there are such tests."""
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("needs a CUDA device; none here")
