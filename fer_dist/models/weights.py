@@ -1,0 +1,125 @@
+"""Pretrained weights: find them without waiting, and refuse those that do not fit.
+
+A cache is asked first, the network only then, and only after a look whether anybody answers:
+the clients of the hubs would retry for a minute before they gave up.
+"""
+
+import http.client
+import pickle
+import urllib.error
+import urllib.request
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fer_dist.errors import UserError
+
+PROBE_SECONDS = 5.0
+"""How long a hub may take to answer before it counts as out of reach."""
+
+
+def unavailable(what: str, reason: str) -> UserError:
+    """The one error for weights that are neither cached nor within reach: it names the three ways."""
+    return UserError(
+        f"the pretrained weights {what} are not in the cache and cannot be fetched ({reason})",
+        "connect once so that they are cached, or --model.weights PATH (a local copy),"
+        " or --model.pretrained false (random weights)",
+    )
+
+
+def out_of_reach(url: str) -> str | None:
+    """Why a download from `url` cannot work, or None when somebody answers there (proxies included)."""
+    request = urllib.request.Request(url, method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=PROBE_SECONDS).close()
+    except urllib.error.HTTPError:
+        return None  # somebody answered; what they mind is for the real download to say
+    except urllib.error.URLError as error:
+        return str(error.reason)
+    except (OSError, http.client.HTTPException) as error:
+        return str(error) or type(error).__name__
+    return None
+
+
+def fetch_from_torchvision(url: str) -> Path:
+    """A torchvision file in torch.hub's cache (`$TORCH_HOME/hub/checkpoints`), downloaded if need be.
+
+    Raises:
+        UserError: not cached, and nobody answers or the download fails.
+    """
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rsplit("/", 1)[-1]
+    if path.is_file():
+        return path
+    reason = out_of_reach(url)
+    if reason is None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[-1], progress=False)
+        except (OSError, RuntimeError, http.client.HTTPException) as error:
+            reason = str(error)
+    if reason is not None:
+        raise unavailable(path.name, reason)
+    return path
+
+
+def read_state(path: str | Path) -> dict[str, Tensor]:
+    """A state dict from a `.pth` file, read with `weights_only=True`.
+
+    Raises:
+        UserError: no such file, unreadable, refused as unsafe, or not a dictionary of tensors.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"model.weights: there is no file {path}", "--model.weights with the path of a .pth file")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"model.weights: {path} is not a file of tensors that can be read safely ({_first_line(error)})",
+            "use the original .pth of the weights, whole and saved as a state dict",
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise UserError(f"model.weights: {path} is not a state dict (names and tensors)", "save model.state_dict()")
+    return state
+
+
+def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
+    """Copy `state` into `module`: every name and every shape must agree.
+
+    Raises:
+        UserError: names are missing or unknown, or shapes differ; says which and where they came from.
+    """
+    own = module.state_dict()
+    missing = sorted(own.keys() - state.keys())
+    unknown = sorted(state.keys() - own.keys())
+    shapes = [
+        f"{name} {list(state[name].shape)} instead of {list(own[name].shape)}"
+        for name in own.keys() & state.keys()
+        if own[name].shape != state[name].shape
+    ]
+    require_fit(source, missing, unknown, sorted(shapes))
+    module.load_state_dict(state)
+
+
+def require_fit(source: str | Path, missing: Sequence[str], unknown: Sequence[str], shapes: Sequence[str]) -> None:
+    """Raise unless the weights from `source` fit the backbone name by name.
+
+    Raises:
+        UserError: at least one list is not empty.
+    """
+    found = [
+        f"{len(names)} {what} ({', '.join(list(names)[:3])}{', ...' if len(names) > 3 else ''})"
+        for what, names in (("missing", missing), ("unknown", unknown), ("of another shape", shapes))
+        if names
+    ]
+    if found:
+        raise UserError(
+            f"the weights in {source} do not fit this network: {'; '.join(found)}",
+            "use weights of the same architecture and options, or --model.pretrained false",
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
