@@ -4,11 +4,11 @@ import dataclasses
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, get_args, get_origin
+from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from fer_dist.config import Config, load_config
 from fer_dist.errors import EXIT_USER_ERROR, UserError
-from fer_dist.options import RECIPES, walk
+from fer_dist.options import bounds, recipes, walk
 
 ALIASES = {"--data": "--data.path"}
 
@@ -22,30 +22,19 @@ def parse(argv: Sequence[str], *, prog: str, about: str) -> Config:
     if any(word in ("-h", "--help") for word in argv):
         print(_help(prog, about))
         raise SystemExit(0)
-    kinds = {name: f.type for name, f in walk(Config)}
-    values: dict[str, Any] = {}
-    recipe, show = "demo", False
     words = list(argv)
+    recipe, show = "demo", False
+    values: dict[str, str] = {}
     while words:
-        word = words.pop(0)
-        key, has_value, value = word.partition("=")
-        key = ALIASES.get(key, key)
-        if key == "--print-config":
-            show = True
+        if words[0] == "--print-config":
+            show = bool(words.pop(0))
             continue
-        if not key.startswith("--"):
-            raise UserError(f"unexpected argument {word!r}", "settings look like --optim.lr 3e-4; see --help")
-        if not has_value:
-            if words and not words[0].startswith("--"):
-                value = words.pop(0)
-            elif kinds.get(key[2:]) is bool:
-                value = "true"
-            else:
-                raise UserError(f"{key} needs a value", f"{key} VALUE")
-        if key == "--config":
+        key, value = _next_setting(words)
+        if key == "config":
             recipe = value
         else:
-            values[key[2:]] = value
+            values.pop(key, None)  # the last one wins, in its own place of the order
+            values[key] = value
     config = load_config(recipe, values)
     if show:
         print(config.to_yaml(), end="")
@@ -68,28 +57,51 @@ def run(main: Callable[[], None]) -> NoReturn:
     raise SystemExit(code)
 
 
+def _next_setting(words: list[str]) -> tuple[str, str]:
+    """Take `--name value`, `--name=value` or, for a switch, `--name` off the front of `words`."""
+    word = words.pop(0)
+    flag, has_value, value = word.partition("=")
+    flag = ALIASES.get(flag, flag)
+    name = flag.removeprefix("--")
+    if name in (flag, ""):
+        raise UserError(f"unexpected argument {word!r}", "settings look like --optim.lr 3e-4; --help lists all")
+    if has_value:
+        return name, value
+    if words and not words[0].startswith("--"):  # -3 is a value
+        return name, words.pop(0)
+    if any(known == name and f.type is bool for known, f in walk(Config)):
+        return name, "true"
+    raise UserError(f"{flag} needs a value", f"{flag} VALUE; a value that begins with -- needs {flag}=VALUE")
+
+
 def _help(prog: str, about: str) -> str:
-    recipes = ", ".join(sorted(path.stem for path in RECIPES.glob("*.yaml")))
     lines = [
         f"usage: {prog} [--config NAME_OR_PATH] [--SETTING VALUE]...",
         "",
         about,
         "",
-        f"  --config NAME_OR_PATH  recipe ({recipes}) or YAML file; default: demo",
+        f"  --config NAME_OR_PATH  recipe ({', '.join(recipes())}) or YAML file; default: demo",
         "  --data PATH            short for --data.path PATH",
         "  --print-config         print the resolved settings as YAML and leave",
         "",
-        "settings (default; a recipe may set another):",
+        "settings (default and bounds; a recipe may set another default):",
     ]
+    part = ""
     for name, f in walk(Config):
+        if name.rpartition(".")[0] != part:
+            part = name.rpartition(".")[0]
+            lines.append("")
         default = {} if f.default is dataclasses.MISSING else f.default
-        lines.append(f"  --{name} {_kind(f.type)}  ({'none' if default is None else default})")
+        shown = {"None": "none", "True": "true", "False": "false"}.get(str(default), default)
+        limits = f"; {bounds(f)}" if bounds(f) else ""
+        lines.append(f"  --{name} {_kind(f.type)}  ({shown}{limits})")
         lines.append(f"        {f.metadata['help']}")
     return "\n".join(lines)
 
 
 def _kind(kind: Any) -> str:
-    if str(get_origin(kind)) == "typing.Literal":
+    """What to type: the choices, or the kind of value."""
+    if get_origin(kind) is Literal:
         return "{" + ",".join(map(str, get_args(kind))) + "}"
     args = [arg for arg in get_args(kind) if arg is not type(None)]
     base = args[0] if args and get_origin(kind) is not dict else kind

@@ -10,14 +10,15 @@ def require(module: str, *, extra: str) -> ModuleType:
     """Import an optional package.
 
     Raises:
-        UserError: it is not installed; the message names the extra that brings it.
+        UserError: it is not installed, or does not load; the message names the extra that brings it.
     """
+    install = f"pip install 'fer-dist[{extra}]', or in a checkout: .venv/bin/pip install -e '.[{extra}]'"
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as error:
-        if error.name != module.split(".")[0]:
-            raise
-        raise UserError(
-            f"the package {module!r} is not installed",
-            f"pip install 'fer-dist[{extra}]'",
-        ) from None
+        if error.name == module.split(".")[0]:
+            raise UserError(f"the package {module!r} is not installed", install) from None
+        broken: Exception = error
+    except (ImportError, OSError) as error:  # TensorRT's wheels find their shared libraries at import
+        broken = error
+    raise UserError(f"the package {module!r} is installed but does not load: {broken}", install) from broken
