@@ -1,0 +1,77 @@
+# One environment, .venv, made by `make install`; everything else runs inside it.
+#
+#   PYTHON=python3.12    the interpreter to make .venv with (3.11 or 3.12)
+#   CONSTRAINTS=FILE     versions for pip; CONSTRAINTS= takes the newest
+#   PYTEST="-m slow"     arguments for pytest, with `make test`
+
+PYTHON ?= python3
+CONSTRAINTS ?= constraints.txt
+PYTEST ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+PIN = $(if $(strip $(CONSTRAINTS)),-c $(CONSTRAINTS))
+
+.PHONY: help install demo test check format clean FORCE
+.DELETE_ON_ERROR:
+
+help:  ## this list
+	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r name about; do \
+	  printf '  make %-9s %s\n' "$$name" "$$about"; done
+	@sed -n 's/^#   /  /p' $(firstword $(MAKEFILE_LIST))
+
+install: $(STAMP)  ## make .venv, with every extra that this machine can have
+
+demo: install  ## train patt_lite on drawn faces with two ranks: under 3 minutes on 2 cores
+	$(BIN)/torchrun --standalone --nproc_per_node=2 -m fer_dist.train --config demo
+
+test: install  ## run the tests
+	$(BIN)/python -m pytest $(PYTEST)
+
+check: install  ## format, lint, types, and the order of imports
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest -q tests/test_import_order.py
+
+format: install  ## put the code into the form that `make check` wants
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:  ## remove .venv and what tools leave behind; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+
+# The stamp holds the constraints that .venv was made with: other ones, named by hand, install again;
+# a plain `make test` keeps what is there.
+ifneq ($(origin CONSTRAINTS),file)
+ifneq ($(strip $(CONSTRAINTS)),$(strip $(shell cat $(STAMP) 2>/dev/null)))
+$(STAMP): FORCE
+endif
+endif
+
+$(STAMP): pyproject.toml Makefile $(wildcard $(CONSTRAINTS))
+	@$(call require_python,$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)))
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	$(PIP) install $(PIN) -e '.[dev]'
+	@$(call try_extra,tensorrt-rtx)
+	@if nvidia-smi >/dev/null 2>&1; then $(call try_extra,tensorrt); \
+	  else echo "extra tensorrt: left out, it needs a GPU and nvidia-smi shows none"; fi
+	@echo '$(strip $(CONSTRAINTS))' > $@
+
+# $(call require_python,INTERPRETER): stop unless it is one that torch, ray and the rest have wheels for.
+define require_python
+found=$$($(1) -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null || echo missing); \
+case "$$found" in 3.11|3.12) ;; *) \
+  echo "error: fer_dist needs Python 3.11 or 3.12; $(1) is $$found" >&2; \
+  if [ -e $(BIN)/python ]; then echo "  -> make clean, then make install PYTHON=python3.11" >&2; \
+  else echo "  -> make install PYTHON=python3.11 (or the path of another interpreter)" >&2; fi; \
+  exit 2;; esac
+endef
+
+# $(call try_extra,NAME): an extra that cannot be had here costs one line, not the installation.
+define try_extra
+if $(PIP) install -q $(PIN) -e '.[$(1)]' > $(VENV)/$(1).log 2>&1; then echo "extra $(1): installed"; \
+else echo "extra $(1): cannot be installed here ($$(grep -m1 -i error $(VENV)/$(1).log || echo 'no reason given'); see $(VENV)/$(1).log)"; fi
+endef
