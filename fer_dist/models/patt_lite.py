@@ -19,7 +19,7 @@ from torchvision.models import MobileNet_V2_Weights, mobilenet_v2
 from fer_dist.config import ModelConfig
 from fer_dist.errors import UserError
 from fer_dist.models.base import FaceModel, make_spec, resolve_options
-from fer_dist.models.weights import fetch_from_torchvision, load_strictly, read_state
+from fer_dist.models.weights import fetch_from_url, load_strictly, read_state
 from fer_dist.spec import IMAGENET_MEAN, IMAGENET_STD, LabelSet, ModelSpec
 
 IMAGE_SIZE = 96
@@ -101,7 +101,7 @@ def load_pretrained(face_model: FaceModel, model: ModelConfig) -> None:
     Raises:
         UserError: neither is there, or the file does not fit.
     """
-    path = model.weights or fetch_from_torchvision(MobileNet_V2_Weights.IMAGENET1K_V1.url)
+    path = model.weights or fetch_from_url(MobileNet_V2_Weights.IMAGENET1K_V1.url)
     network = face_model.network
     assert isinstance(network, PattLite)
     kept = {f"features.{block}." for block in range(len(network.features))}

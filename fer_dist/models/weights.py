@@ -6,11 +6,13 @@ the clients of the hubs would retry for a minute before they gave up.
 
 import http.client
 import pickle
+import re
 import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import huggingface_hub
 import torch
 from torch import Tensor, nn
 
@@ -43,8 +45,8 @@ def out_of_reach(url: str) -> str | None:
     return None
 
 
-def fetch_from_torchvision(url: str) -> Path:
-    """A torchvision file in torch.hub's cache (`$TORCH_HOME/hub/checkpoints`), downloaded if need be.
+def fetch_from_url(url: str) -> Path:
+    """A file in torch.hub's cache (`$TORCH_HOME/hub/checkpoints`), downloaded and checked if need be.
 
     Raises:
         UserError: not cached, and nobody answers or the download fails.
@@ -54,14 +56,37 @@ def fetch_from_torchvision(url: str) -> Path:
         return path
     reason = out_of_reach(url)
     if reason is None:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        digest = re.search(r"-([a-f0-9]{8,})\.", path.name)  # torchvision's and timm's convention
         try:
-            torch.hub.download_url_to_file(url, str(path), hash_prefix=path.stem.rsplit("-", 1)[-1], progress=False)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(path), hash_prefix=digest and digest[1], progress=False)
         except (OSError, RuntimeError, http.client.HTTPException) as error:
             reason = str(error)
     if reason is not None:
         raise unavailable(path.name, reason)
     return path
+
+
+def fetch_from_hub(repository: str, filenames: Sequence[str]) -> Path:
+    """The first of `filenames` that a Hugging Face repository has: from the cache, else downloaded.
+
+    Raises:
+        UserError: none is cached, and the hub is out of reach, switched off (`HF_HUB_OFFLINE`) or refuses.
+    """
+    for filename in filenames:
+        cached = huggingface_hub.try_to_load_from_cache(repository, filename)
+        if isinstance(cached, str):
+            return Path(cached)
+    reason: str | None = "HF_HUB_OFFLINE is set"
+    if not huggingface_hub.is_offline_mode():
+        reason = out_of_reach(huggingface_hub.hf_hub_url(repository, filenames[0]))
+    if reason is None:
+        for filename in filenames:
+            try:
+                return Path(huggingface_hub.hf_hub_download(repository, filename))
+            except Exception as error:  # the hub's HTTP client, and so its errors, changed twice
+                reason = first_line(error)
+    raise unavailable(repository, reason or "")
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
@@ -77,7 +102,7 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise UserError(
-            f"model.weights: {path} is not a file of tensors that can be read safely ({_first_line(error)})",
+            f"model.weights: {path} is not a file of tensors that can be read safely ({first_line(error)})",
             "use the original .pth of the weights, whole and saved as a state dict",
         ) from None
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
@@ -121,5 +146,6 @@ def require_fit(source: str | Path, missing: Sequence[str], unknown: Sequence[st
         )
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an error of a library says, short enough to quote."""
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
