@@ -61,15 +61,15 @@ def _next_setting(words: list[str]) -> tuple[str, str]:
     """Take `--name value`, `--name=value` or, for a switch, `--name` off the front of `words`."""
     word = words.pop(0)
     flag, has_value, value = word.partition("=")
-    flag = ALIASES.get(flag, flag)
-    name = flag.removeprefix("--")
-    if name in (flag, ""):
+    name = ALIASES.get(flag, flag).removeprefix("--")
+    if not flag.startswith("--") or not name:
         raise UserError(f"unexpected argument {word!r}", "settings look like --optim.lr 3e-4; --help lists all")
     if has_value:
         return name, value
     if words and not words[0].startswith("--"):  # -3 is a value
         return name, words.pop(0)
-    if any(known == name and f.type is bool for known, f in walk(Config)):
+    kinds = {"config": str} | {known: f.type for known, f in walk(Config)}
+    if kinds.get(name, bool) is bool:  # a bare switch; of an unknown name, that it is unknown is the news
         return name, "true"
     raise UserError(f"{flag} needs a value", f"{flag} VALUE; a value that begins with -- needs {flag}=VALUE")
 

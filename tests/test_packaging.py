@@ -1,0 +1,156 @@
+"""The wheel: what is in it, what it asks for, and that it works away from the repository."""
+
+import ast
+import email
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+from email.message import Message
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+
+import fer_dist
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGES = ("fer_dist", "export", "tune")
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built offline from a copy, so that no earlier build/ lends it files and the tree stays clean."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    for name in (*PACKAGES, "tests"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (source / "tune_runs").mkdir()  # a folder of results with a tempting name
+    (source / "tune_runs" / "old.py").touch()
+    for name in ("pyproject.toml", "LICENSE", "README.md"):
+        if (ROOT / name).exists():
+            shutil.copy(ROOT / name, source)
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+        "-w",
+        str(folder),
+        str(source),
+    ]
+    done = subprocess.run(build, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return next(folder.glob("*.whl"))
+
+
+@pytest.fixture(scope="module")
+def metadata(wheel: Path) -> Message:
+    with zipfile.ZipFile(wheel) as archive:
+        name = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+        return email.message_from_bytes(archive.read(name))
+
+
+def test_it_holds_the_packages_and_nothing_else(wheel: Path) -> None:
+    kinds = ("**/*.py", "**/*.yaml", "**/py.typed")
+    sources = {
+        path.relative_to(ROOT).as_posix()
+        for package in PACKAGES
+        for kind in kinds
+        for path in (ROOT / package).glob(kind)
+    }
+    with zipfile.ZipFile(wheel) as archive:
+        held = {name for name in archive.namelist() if ".dist-info/" not in name}
+        information = {name.rpartition(".dist-info/")[2] for name in archive.namelist()} - {""}
+    assert {name for name in held if Path(name).suffix in (".py", ".yaml", ".typed")} == sources
+    assert {name.split("/")[0] for name in held} == set(PACKAGES)
+    assert {f"fer_dist/recipes/{name}.yaml" for name in ("demo", "vit", "patt_lite", "vit_mae")} < held
+    assert "licenses/LICENSE" in information
+
+
+def test_it_works_from_anywhere(wheel: Path, tmp_path: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); import fer_dist, export, tune; print(fer_dist.__file__); "
+        "[fer_dist.load_config(name) for name in ('demo', 'vit', 'patt_lite', 'vit_mae')]"
+    )
+    done = subprocess.run([sys.executable, "-I", "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == str(tmp_path / "fer_dist" / "__init__.py")
+
+
+def test_version_license_and_pythons(metadata: Message) -> None:
+    assert metadata["Version"] == fer_dist.__version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert "Apache License" in (ROOT / "LICENSE").read_text(encoding="utf-8")
+    pythons = SpecifierSet(metadata["Requires-Python"])
+    assert [version for version in ("3.10", "3.11", "3.12", "3.13") if version in pythons] == ["3.11", "3.12"]
+
+
+@pytest.mark.parametrize(
+    ("system", "machine", "wanted"),
+    [
+        ("linux", "x86_64", "onnxruntime-gpu"),
+        ("win32", "AMD64", "onnxruntime-gpu"),
+        ("linux", "aarch64", "onnxruntime"),
+        ("darwin", "arm64", "onnxruntime"),
+        ("darwin", "x86_64", "onnxruntime"),
+        ("win32", "ARM64", "onnxruntime"),
+    ],
+)
+def test_one_onnxruntime_everywhere(metadata: Message, system: str, machine: str, wanted: str) -> None:
+    """onnxruntime-gpu has wheels for these two and for no other."""
+    place = {"sys_platform": system, "platform_machine": machine, "extra": ""}
+    asked = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]
+    found = [r.name for r in asked if r.marker is None or r.marker.evaluate(place)]
+    assert [name for name in found if name.startswith("onnxruntime")] == [wanted]
+    assert {"torch", "torchvision", "transformers", "timm", "onnx", "onnxscript", "ray", "pyyaml"} <= set(found)
+    assert not {name for name in found if name.startswith("tensorrt")}
+
+
+def test_floors(metadata: Message) -> None:
+    """torch below 2.10 and onnx below 1.21 read files unsafely (docs/decisions/0002-dependencies.md)."""
+    asked = {r.name: r for r in map(Requirement, metadata.get_all("Requires-Dist", []))}
+    assert "2.9.1" not in asked["torch"].specifier
+    assert "2.10.0" in asked["torch"].specifier
+    assert "1.20.0" not in asked["onnx"].specifier
+    assert set(metadata.get_all("Provides-Extra", [])) >= {"tensorrt", "tensorrt-rtx", "dev"}
+
+
+def test_the_constraints_are_allowed() -> None:
+    """Every version of constraints.txt satisfies pyproject.toml."""
+    asked = {r.name: r for r in map(Requirement, PROJECT["dependencies"])}
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
+    assert {"torch", "torchvision"} <= {pin.name for pin in pins}
+    for pin in pins:
+        (exact,) = pin.specifier
+        assert exact.operator == "=="
+        assert pin.name not in asked or exact.version in asked[pin.name].specifier
+
+
+def test_scripts_and_public_names_have_a_home() -> None:
+    """Read, not imported: torch is not needed to know that a function is there."""
+    homes = {name: f"{module}:{name}" for name, module in fer_dist._HOMES.items()} | PROJECT["scripts"]
+    for home in homes.values():
+        module, _, name = home.partition(":")
+        body = ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8")).body
+        defined = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+        defined |= {
+            target.id
+            for node in body
+            if isinstance(node, ast.Assign)
+            for target in node.targets
+            if isinstance(target, ast.Name)
+        }
+        assert name in defined, home
+    assert {*fer_dist._HOMES, "__version__"} == set(fer_dist.__all__)
+    assert isinstance(fer_dist.load_config(), fer_dist.Config)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        fer_dist.nothing  # noqa: B018
