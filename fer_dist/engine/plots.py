@@ -1,0 +1,72 @@
+"""The pictures of a run folder: curves and confusion matrix (Agg canvases, no global state)."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from numpy.typing import NDArray
+
+from fer_dist.engine.checkpoint import write_atomically
+
+INK, MUTED, BLUE, ORANGE = "#1b1f24", "#6a737d", "#1f6feb", "#d9730d"
+
+
+def curves(records: list[dict[str, Any]], path: Path, title: str) -> None:
+    """Loss, accuracy and learning rate over the epochs, as a PNG."""
+    epochs = [record["epoch"] for record in records]
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    loss, accuracy, rate = figure.subplots(1, 3)
+    _line(loss, epochs, [record["train_loss"] for record in records], "training", ORANGE)
+    _line(loss, epochs, [record["val"]["loss"] for record in records], "validation", BLUE)
+    loss.set_title("loss [nats]")
+    _line(accuracy, epochs, [100 * record["val"]["accuracy"] for record in records], "accuracy", BLUE)
+    _line(accuracy, epochs, [100 * record["val"]["macro_f1"] for record in records], "macro-F1", ORANGE)
+    accuracy.set_title("validation [%]")
+    best = max(records, key=lambda record: record["val"]["accuracy"])
+    accuracy.annotate(
+        f"{100 * best['val']['accuracy']:.1f}% in epoch {best['epoch']}",
+        (best["epoch"], 100 * best["val"]["accuracy"]),
+        xytext=(0, -16),
+        textcoords="offset points",
+        ha="right" if best["epoch"] > epochs[-1] / 2 else "left",
+        color=BLUE,
+    )
+    _line(rate, epochs, [record["lr"] for record in records], "head", BLUE)
+    rate.set_title("learning rate at the end of the epoch")
+    for axes in (loss, accuracy, rate):
+        axes.set_xlabel("epoch")
+        axes.grid(color="#e1e4e8", linewidth=0.6)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    loss.legend(frameon=False)
+    accuracy.legend(frameon=False, loc="lower right")
+    figure.suptitle(title, color=INK, x=0.01, ha="left")
+    _save(figure, path)
+
+
+def confusion(confusion_KK: NDArray[np.int64], names: tuple[str, ...], path: Path, title: str) -> None:
+    """The confusion matrix as a PNG: counts, shaded by the share of the true class."""
+    share_KK = confusion_KK / np.maximum(1, confusion_KK.sum(1, keepdims=True))
+    figure = Figure(figsize=(6.4, 5.6), layout="constrained")
+    axes = figure.subplots()
+    image = axes.imshow(share_KK, cmap="Blues", vmin=0, vmax=1)
+    for (i, j), count in np.ndenumerate(confusion_KK):
+        ink = "white" if share_KK[i, j] > 0.55 else INK
+        axes.text(j, i - 0.1, f"{100 * share_KK[i, j]:.0f}%", ha="center", va="center", color=ink, fontsize=10)
+        axes.text(j, i + 0.22, str(count), ha="center", va="center", color=ink, fontsize=7, alpha=0.8)
+    axes.set_xticks(range(len(names)), names, rotation=30, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    axes.set_xlabel("predicted")
+    axes.set_ylabel("true")
+    figure.colorbar(image, ax=axes, shrink=0.8, label="share of the true class")
+    axes.set_title(title, loc="left", color=INK, fontsize=11)
+    _save(figure, path)
+
+
+def _line(axes: Any, x: list[int], y: list[float], label: str, colour: str) -> None:
+    axes.plot(x, y, label=label, color=colour, linewidth=1.8, marker="o" if len(x) < 30 else None, markersize=3.5)
+
+
+def _save(figure: Figure, path: Path) -> None:
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=110))

@@ -1,0 +1,121 @@
+"""The folder of a run: found or made once, never overwritten, and able to explain itself."""
+
+import json
+import os
+import platform
+import re
+import socket
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import fer_dist
+from fer_dist.config import Config
+from fer_dist.engine.checkpoint import write_atomically
+from fer_dist.errors import UserError
+from fer_dist.world import World
+
+
+def open_run(config: Config, world: World) -> tuple[Path, bool]:
+    """The run folder, the same on every rank, and whether the run goes on in it.
+
+    Rank 0 decides. A run that its launcher has restarted finds the folder of its first start.
+
+    Raises:
+        UserError: the folder exists and the run is not to be resumed, or cannot be made.
+    """
+    found: list[tuple[Path, bool]] = []
+    world.only_first(lambda: found.append(_decide(config)))
+    return world.from_first(found[0] if world.first else (Path(), False))
+
+
+def provenance(world: World, data_key: str) -> dict[str, Any]:
+    """What a stranger needs to know of where a run came from; plain values."""
+    gpu = torch.cuda.get_device_name(world.device) if world.device.type == "cuda" else ""
+    return {
+        "fer_dist": fer_dist.__version__,
+        "commit": _commit(),
+        "python": platform.python_version(),
+        "torch": str(torch.__version__),
+        "platform": platform.platform(),
+        "device": gpu or f"cpu, {os.cpu_count()} cores, {torch.get_num_threads()} threads per rank",
+        "world_size": world.size,
+        "data_key": data_key,
+        "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Plain values as indented JSON, atomically."""
+    write_atomically(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
+
+
+def launch_key() -> str:
+    """What the starts of one run by one launcher have in common; empty without a launcher."""
+    if "SLURM_JOB_ID" in os.environ:
+        return f"slurm-{os.environ['SLURM_JOB_ID']}"
+    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
+    if run_id in ("", "none"):  # torchrun's default: tell two of them apart by the agent's process
+        agent = f"{socket.gethostname()}-{os.getppid()}"
+        return f"agent-{agent}" if "TORCHELASTIC_RESTART_COUNT" in os.environ else ""
+    return f"torchrun-{run_id}"
+
+
+def _decide(config: Config) -> tuple[Path, bool]:
+    base = Path(config.run.dir)
+    restarted = any(
+        int(os.environ.get(name, "0")) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+    )
+    if config.run.name is None:
+        if restarted and (same := _launched_as(base, launch_key())):
+            return same, True
+        stem = re.sub(r"[^\w.-]+", "-", config.model.arch) + time.strftime("-%Y%m%d-%H%M%S")
+        return _make([base / f"{stem}{'' if i == 0 else f'-{i}'}" for i in range(100)]), False
+    folder = base / config.run.name
+    if folder.exists() and (restarted or config.run.resume == "auto"):
+        return folder, True
+    return _make([folder]), False
+
+
+def _make(candidates: list[Path]) -> Path:
+    for folder in candidates:
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise UserError(f"cannot make the run folder {folder}: {error.strerror}", "--run.dir FOLDER") from None
+        if key := launch_key():
+            write_json(folder / "launch.json", {"launch": key})
+        return folder
+    raise UserError(
+        f"the run folder {candidates[0]} exists; a run is never overwritten",
+        "--run.name ANOTHER, or --run.resume auto to go on with it",
+    )
+
+
+def _launched_as(base: Path, key: str) -> Path | None:
+    for path in sorted(base.glob("*/launch.json"), reverse=True):
+        try:
+            if key and json.loads(path.read_text())["launch"] == key:
+                return path.parent
+        except (OSError, ValueError, KeyError):
+            continue
+    return None
+
+
+def _commit() -> str:
+    try:
+        result = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+            check=False,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
+    return result.stdout.strip() or "unknown"

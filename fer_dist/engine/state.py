@@ -1,0 +1,120 @@
+"""`TrainState`: everything that changes while training, made once and carried along."""
+
+import copy
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from fer_dist.config import Config
+from fer_dist.engine.checkpoint import load
+from fer_dist.engine.metrics import Metrics
+from fer_dist.engine.optim import Ema, Schedule, build_optimizer, parameter_groups
+from fer_dist.engine.runlog import RunLog
+from fer_dist.models.base import FaceModel
+from fer_dist.world import World
+
+
+@dataclass
+class TrainState:
+    """Everything that changes while training; the one mutable type.
+
+    `model` holds the live weights, `wrapped` is the same model as DDP and torch.compile see it.
+    """
+
+    model: FaceModel
+    wrapped: nn.Module
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    scaler: torch.amp.GradScaler
+    ema: Ema | None
+    running_stats: list[Tensor]
+    epoch: int = 0
+    step: int = 0
+    best: Metrics | None = None
+    bad_epochs: int = 0
+    losses: list[float] = field(default_factory=list)
+
+    @property
+    def deployed(self) -> FaceModel:
+        """The model that is evaluated and saved."""
+        return self.ema.model if self.ema else self.model
+
+
+def prepare(config: Config, model: FaceModel, steps: int, world: World, log: RunLog) -> TrainState:
+    """The model on its device, with optimizer, schedule, EMA and DDP around it."""
+    train = config.train
+    if train.precision == "float64":
+        model = model.double()
+    model = model.to(world.device)
+    if train.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    share = config.train.global_batch // world.size
+    has_norm = any(isinstance(m, _BatchNorm) and m.weight.requires_grad for m in model.modules())
+    small = train.sync_batchnorm == "auto" and share < 16
+    if has_norm and world.size > 1 and world.device.type == "cuda" and (small or train.sync_batchnorm == "always"):
+        model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        log.say(f"batch norm: statistics over all ranks, since a rank has {share} pictures per step")
+    average = copy.deepcopy(model).eval().requires_grad_(False) if train.ema else None
+    model.train()
+    moving = [
+        buffer
+        for module in model.modules()
+        if module.training and isinstance(module, _BatchNorm)
+        for buffer in (module.running_mean, module.running_var)
+        if buffer is not None
+    ]
+    wrapped = world.wrap(model)
+    return TrainState(
+        model=model,
+        wrapped=torch.compile(wrapped) if train.compile else wrapped,  # type: ignore[arg-type]
+        optimizer=build_optimizer(parameter_groups(model, config.optim), config.optim),
+        schedule=Schedule(config.optim, steps),
+        scaler=torch.amp.GradScaler(world.device.type, enabled=train.precision == "float16"),
+        ema=Ema(model, average, train.ema) if average else None,
+        running_stats=moving,
+    )
+
+
+def resume_state(state: TrainState) -> dict[str, Any]:
+    """What going on at the end of an epoch needs beside the deployed weights; plain values."""
+    assert state.best is not None
+    return {
+        "model": {name: value.detach().cpu() for name, value in state.model.state_dict().items()},
+        "optimizer": state.optimizer.state_dict(),
+        "scaler": state.scaler.state_dict(),
+        "schedule": state.schedule.state(),
+        "epoch": state.epoch,
+        "step": state.step,
+        "bad_epochs": state.bad_epochs,
+        "best": {
+            "confusion": state.best.confusion_KK.tolist(),
+            "loss_sum": state.best.loss_sum,
+            "count": state.best.count,
+        },
+    }
+
+
+def restore(state: TrainState, path: Path, world: World, log: RunLog) -> None:
+    """Go on from last.pth, at the end of its epoch; nothing to do where there is none."""
+    if not path.exists():
+        log.say(f"resume: {path} does not exist, starting from the beginning")
+        return
+    checkpoint = load(path)
+    kept = checkpoint.resume
+    state.model.load_state_dict(kept["model"])
+    if state.ema:
+        state.ema.model.load_state_dict(checkpoint.weights)
+    state.optimizer.load_state_dict(kept["optimizer"])
+    state.scaler.load_state_dict(kept["scaler"])
+    state.schedule.load(kept["schedule"])
+    state.epoch, state.step, state.bad_epochs = kept["epoch"], kept["step"], kept["bad_epochs"]
+    best = kept["best"]
+    state.best = Metrics(
+        confusion_KK=np.array(best["confusion"], np.int64), loss_sum=best["loss_sum"], count=best["count"]
+    )
+    log.say(f"resume: {path}, after epoch {state.epoch}")

@@ -1,0 +1,180 @@
+"""`World`: how many processes train together, and the few things they say to each other.
+
+The only file that names torch.distributed. A process is started by torchrun, by SLURM through
+torchrun, by Ray, or alone; the rest of the code cannot tell and does not ask.
+"""
+
+import inspect
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from fer_dist.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """The processes of one run.
+
+    Attributes:
+        rank: 0..size-1, over all nodes.
+        size: number of processes.
+        local_rank: number of this process on its node.
+        device: where this process computes.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes files and prints."""
+        return self.rank == 0
+
+    def sum_(self, x: Tensor) -> Tensor:
+        """Add a tensor over all ranks, in place."""
+        if self.size > 1:
+            dist.all_reduce(x)
+        return x
+
+    def mean_(self, tensors: Sequence[Tensor]) -> None:
+        """Average tensors of one dtype over all ranks, in place, in one message."""
+        if self.size > 1 and tensors:
+            flat = torch.cat([x.reshape(-1) for x in tensors])
+            dist.all_reduce(flat)
+            flat /= self.size
+            pieces = flat.split([x.numel() for x in tensors])  # type: ignore[no-untyped-call]
+            for x, piece in zip(tensors, pieces, strict=True):
+                x.copy_(piece.view_as(x))
+
+    def agree(self, flag: bool) -> bool:
+        """Whether the flag is raised on any rank; the same answer on all."""
+        return any(self.gather(flag))
+
+    def gather(self, value: T) -> list[T]:
+        """The value of every rank, in order of rank, on every rank (small, picklable values)."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_first(self, value: T) -> T:
+        """Rank 0's value on every rank."""
+        if self.size == 1:
+            return value
+        box = [value if self.first else None]
+        dist.broadcast_object_list(box, src=0)
+        return cast(T, box[0])
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        self.gather(None)
+
+    def together(self, work: Callable[[], T]) -> T:
+        """Do the work on every rank; a UserError of any rank becomes the error of all.
+
+        Without this, one rank would leave with its message and the others wait for it.
+        """
+        result, error = None, None
+        try:
+            result = work()
+        except UserError as caught:
+            error = caught
+        for other in self.gather(None if error is None else (error.problem, error.fix)):
+            if other is not None:
+                raise UserError(*other)
+        return cast(T, result)
+
+    def only_first(self, work: Callable[[], object]) -> None:
+        """Do the work on rank 0; its UserError becomes the error of all."""
+        self.together(lambda: work() if self.first else None)
+
+    def node_first(self, work: Callable[[], T]) -> T:
+        """Do the work on each node's first process, then on the others, which find it done."""
+        if self.local_rank == 0:
+            self.together(work)
+            return self.together(work)
+        self.together(lambda: None)
+        return self.together(work)
+
+    def wrap(self, model: nn.Module) -> nn.Module:
+        """The model with its gradients averaged over the ranks (DDP); alone, the model itself.
+
+        Buffers are not broadcast: the trainer averages the running statistics after each step,
+        so that every rank evaluates and saves the same ones.
+        """
+        if self.size == 1:
+            return model
+        device_ids = [self.device.index] if self.device.type == "cuda" else None
+        # torch 2.14 renamed the switch and warns of the old name; 2.10 knows the old one only.
+        known = inspect.signature(DistributedDataParallel).parameters
+        no_buffers = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+        return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, **no_buffers)
+
+    def sync(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
+        """Context of one micro-batch: gradients are exchanged after the last one only."""
+        if isinstance(model, DistributedDataParallel) and not last:
+            return cast(AbstractContextManager[None], model.no_sync())
+        return nullcontext()
+
+
+@contextmanager
+def join(device: str = "auto") -> Iterator[World]:
+    """Make or find this process's World, and close what was made.
+
+    A process group that somebody else made (Ray, a notebook) is used and left open. Otherwise
+    torchrun's variables are followed; without them the process is alone.
+
+    Args:
+        device: auto, cpu or cuda. NCCL carries CUDA tensors, gloo carries CPU tensors.
+
+    Raises:
+        UserError: cuda is asked for and absent, or a node has more ranks than GPUs.
+    """
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    on = _device(device, local_rank)
+    if dist.is_initialized():
+        yield World(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local_rank, device=on)
+    elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        if on.type == "cuda":
+            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=on)
+        else:
+            dist.init_process_group("gloo")
+        try:
+            yield World(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local_rank, device=on)
+        finally:
+            dist.destroy_process_group()
+    else:
+        yield World(device=on)
+
+
+def _device(wanted: str, local_rank: int) -> torch.device:
+    gpus = torch.cuda.device_count() if wanted != "cpu" else 0
+    if wanted == "cuda" and not gpus:
+        raise UserError(
+            "train.device is cuda, but no CUDA device is visible", "--train.device cpu, or look at nvidia-smi"
+        )
+    if not gpus:
+        return torch.device("cpu")
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if ranks > gpus:
+        raise UserError(
+            f"{ranks} ranks on a node with {gpus} visible GPU{'s' * (gpus > 1)}; a GPU takes one rank",
+            f"torchrun --nproc_per_node={gpus} ..., or --train.device cpu",
+        )
+    # Some launchers show each process its own GPU only; then that GPU is number 0.
+    device = torch.device("cuda", local_rank if local_rank < gpus else 0)
+    torch.cuda.set_device(device)
+    return device
