@@ -120,7 +120,9 @@ class World:
         device_ids = [self.device.index] if self.device.type == "cuda" else None
         # torch 2.14 renamed the switch and warns of the old name; 2.10 knows the old one only.
         known = inspect.signature(DistributedDataParallel).parameters
-        no_buffers = {"forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False}
+        no_buffers: dict[str, Any] = {
+            "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers": False
+        }
         return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, **no_buffers)
 
     def sync(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:

@@ -68,18 +68,27 @@ def _window(canvas_BHW: Plane, left: float, right: float, top: float, bottom: fl
 
 def _edge(depth: Plane, blur: float = 0.045) -> Plane:
     """1 where `depth` (distance inside an edge) is positive, 0 outside, a ramp of width `blur` between."""
-    ramp: Plane = np.clip(depth * (1 / blur) + 0.5, 0, 1)
-    return ramp
+    ramp: Plane = depth * np.float32(1 / blur)
+    ramp += np.float32(0.5)
+    return np.clip(ramp, 0, 1, out=ramp)
+
+
+def _oval(x: Plane, y: Plane, wide: Plane | float, high: Plane | float) -> Plane:
+    """Distance inside an ellipse around (0, 0), good near its edge; its half axes are `wide` and `high`."""
+    half = 0.5 * np.minimum(wide, high)
+    return half - half * (x / wide) ** 2 - half * (y / high) ** 2
 
 
 def _paint(view_BHW: Plane, tone: Plane | float, mask_BHW: Plane) -> None:
     """Covers the view with a tone where the mask is 1."""
-    view_BHW += (np.asarray(tone, np.float32) - view_BHW) * mask_BHW
+    change = tone - view_BHW
+    change *= mask_BHW
+    view_BHW += change
 
 
 def _shade(view_BHW: Plane, strength: Plane | float, mask_BHW: Plane) -> None:
     """Darkens the view by a share where the mask is 1."""
-    view_BHW *= 1 - np.asarray(strength, np.float32) * mask_BHW
+    view_BHW *= 1 - strength * mask_BHW
 
 
 def _turn(x: Plane | float, numbers: Numbers) -> tuple[Plane, Plane]:
@@ -93,41 +102,49 @@ def _turn(x: Plane | float, numbers: Numbers) -> tuple[Plane, Plane]:
 
 def _background(canvas_BHW: Plane, n: Numbers) -> None:
     view, x, y = _window(canvas_BHW, -REACH, REACH, -REACH, REACH)
-    waves = np.sin(x * n["back_x"] * 9 + y * n["back_y"] * 9 + n["back_phase"] * 6.3)
-    np.multiply(waves, 0.16 * n["back_texture"] ** 2, out=view)
-    view += n["back"] + 0.25 * n["back_x"] * x + 0.2 * n["back_y"] * y
+    across = 0.2 * n["back_texture"] ** 2 * np.sin(x * n["back_x"] * 11 + n["back_phase"] * 6.3)
+    np.multiply(across, np.cos(y * n["back_y"] * 11), out=view)
+    view += (n["back"] + 0.25 * n["back_x"] * x) + 0.2 * n["back_y"] * y
 
 
 def _head(canvas_BHW: Plane, n: Numbers) -> None:
+    """From back to front: long hair, shoulders, neck, ears, head."""
     view, x, y = _window(canvas_BHW, -REACH, REACH, -REACH, REACH)
     middle = -0.5 * n["head_width"] * np.sin(n["yaw"])
     x = x - middle
+    hair = _oval(x, np.minimum(y + 0.08, 0), n["head_width"] + 0.17, n["head_height"] + 0.14)
+    _paint(view, n["hair"], _edge(hair, 0.06) * n["long_hair"])
+    below, _, low = _window(canvas_BHW, -REACH, REACH, 0.6, REACH)
+    _paint(below, n["cloth"], _edge(low - 1.0 - 0.3 * x * x))
+    _paint(below, n["skin"] * 0.72, _edge(0.42 - np.abs(x)) * _edge(1.15 - low - 0.5 * x * x))
+    beside, _, level = _window(canvas_BHW, -REACH, REACH, -0.35, 0.35)
+    ears = _edge(_oval(np.abs(x) - n["head_width"] - 0.01, level - n["pitch"], 0.11, 0.2))
+    _paint(beside, n["skin"] * 0.86, ears * (n["ears"] > 0.25))
+    # The tone falls off towards the outline, as on a ball.
+    round_BHW = _round(x, y, n)
+    flat = n["skin"] * 1.04 + n["skin"] * n["light_x"] * 0.22 * x
+    ball = flat + n["skin"] * n["light_y"] * 0.12 * y
+    ball -= (0.24 * n["skin"]) * round_BHW
+    _paint(view, ball, _edge(0.4 - 0.4 * round_BHW))
+
+
+def _round(x: Plane, y: Plane, n: Numbers) -> Plane:
+    """0 in the middle of the head, 1 on its outline, which narrows to the jaw; `[B, H, W]`."""
+    width = n["head_width"] * (1 - n["jaw"] * np.maximum(y, 0) ** 2)
     height = np.where(y > 0, n["head_height"] + 0.12 * n["au26"], n["head_height"])
-    # Long hair behind the head, shoulders, neck and ears, from back to front.
-    fall = np.sqrt((x / (n["head_width"] + 0.17)) ** 2 + ((y + 0.08) / (n["head_height"] + 0.14)) ** 2 * (y < 0))
-    _paint(view, n["hair"], _edge((1 - fall) * n["long_hair"] * 0.6 - 0.01, 0.06))
-    below, bx, by = _window(canvas_BHW, -REACH, REACH, 0.6, REACH)
-    bx = bx - middle
-    _paint(below, n["cloth"], _edge(by - 1.0 - 0.3 * bx * bx))
-    _paint(below, n["skin"] * 0.72, _edge(0.42 - np.abs(bx)) * _edge(1.15 - by - 0.5 * bx * bx))
-    ear = np.sqrt(((np.abs(x) - n["head_width"] - 0.01) / 0.11) ** 2 + ((y - n["pitch"]) / 0.2) ** 2)
-    _paint(view, n["skin"] * 0.86, _edge((1 - ear) * 0.12 * (n["ears"] > 0.25)))
-    # The width tapers to the jaw; the tone falls off towards the outline as on a ball.
-    taper = 1 - n["jaw"] * np.clip(y, 0, 2) ** 2
-    radius = np.sqrt((x / (n["head_width"] * taper)) ** 2 + (y / height) ** 2)
-    ball = n["skin"] * (1.04 - 0.24 * radius * radius + n["light_x"] * 0.22 * x + n["light_y"] * 0.12 * y)
-    _paint(view, ball, _edge((1 - radius) * 0.8))
+    inside: Plane = x * x * (1 / width**2)
+    inside += (y / height) ** 2
+    return inside
 
 
 def _front_hair(canvas_BHW: Plane, n: Numbers) -> None:
     view, x, y = _window(canvas_BHW, -REACH, REACH, -REACH, 0.25)
     x = x + 0.5 * n["head_width"] * np.sin(n["yaw"])
-    cap = np.sqrt((x / (n["head_width"] + 0.06)) ** 2 + (y / (n["head_height"] + 0.08)) ** 2)
+    cap = _edge(_oval(x, y, n["head_width"] + 0.06, n["head_height"] + 0.08))
     part = x - n["part"]
     line = n["hairline"] + n["pitch"] * 0.6 + n["fringe"] * part * part + 0.03 * np.sin(17 * part) * n["curls"]
-    mask = _edge((1 - cap) * 0.8) * _edge(line - y, 0.07) * n["has_hair"]
-    gloss = 1 + 0.12 * np.sin(x * 31 + n["back_phase"] * 6) * n["curls"]
-    _paint(view, n["hair"] * gloss, mask)
+    gloss = 1 + 0.08 * np.sin(x * 31 + n["back_phase"] * 6) * n["curls"]
+    _paint(view, n["hair"] * gloss, cap * _edge(line - y, 0.07) * n["has_hair"])
 
 
 def _eye(canvas_BHW: Plane, n: Numbers, hand: float) -> None:
@@ -138,9 +155,9 @@ def _eye(canvas_BHW: Plane, n: Numbers, hand: float) -> None:
     t = hand * (x - middle) / width  # -1 at the inner corner, 1 at the outer one
     bow = np.maximum(1 - t * t, 0)
     slant = np.clip(0.45 * n["au4"] * (1 - n["au1"]) - 0.45 * n["au43"] - 0.25 * n["au1"] * (1 - n["au5"]), -0.6, 0.6)
-    opened = 1 + 0.75 * n["au5"] - 0.45 * n["au7"] - 0.25 * n["au6"] - 0.4 * n["au43"]
+    opened = 1 + 0.75 * n["au5"] - 0.45 * n["au7"] - 0.33 * n["au6"] - 0.4 * n["au43"]
     upper = level - n["eye_open"] * opened * bow * (1 + slant * t) - n["eye_tilt"] * t
-    lower = level + 0.62 * n["eye_open"] * bow * (1 + 0.25 * n["au5"] - 0.9 * n["au6"] - 0.45 * n["au7"])
+    lower = level + 0.62 * n["eye_open"] * bow * (1 + 0.25 * n["au5"] - 1.2 * n["au6"] - 0.45 * n["au7"])
     lower = lower - n["eye_tilt"] * t
     ends = _edge((1 - np.abs(t)) * width)
     inside = _edge(y - upper) * _edge(lower - y) * ends
@@ -186,12 +203,9 @@ def _nose(canvas_BHW: Plane, n: Numbers) -> None:
     fade = _edge(tip_y - y, 0.1) * np.clip(along * 3, 0, 1)
     _shade(view, 0.16, _edge(0.03 - np.abs(bridge * np.sign(n["light_x"]) + flank), 0.06) * fade)
     _shade(view, -0.12, _edge(0.03 - np.abs(bridge), 0.08) * fade)
-    under = np.sqrt((from_tip / wing) ** 2 + ((y - tip_y - 0.03) / 0.05) ** 2)
-    _shade(view, 0.3, _edge((1 - under) * 0.06, 0.08))
-    holes = np.sqrt(((np.abs(from_tip) - wing * 0.5) / 0.045) ** 2 + ((y - tip_y - 0.02) / 0.028) ** 2)
-    _shade(view, 0.6, _edge((1 - holes) * 0.04))
-    wings = np.sqrt((np.abs(from_tip) / wing) ** 2 + ((y - tip_y + 0.02) / 0.09) ** 2)
-    rim = _edge(0.012 - np.abs(wings - 1) * 0.1) * (np.abs(from_tip) > wing * 0.6)
+    _shade(view, 0.3, _edge(_oval(from_tip, y - tip_y - 0.03, wing, 0.05), 0.08))
+    _shade(view, 0.6, _edge(_oval(np.abs(from_tip) - wing * 0.5, y - tip_y - 0.02, 0.045, 0.028)))
+    rim = _edge(0.012 - np.abs(_oval(from_tip, y - tip_y + 0.02, wing, 0.09))) * (np.abs(from_tip) > wing * 0.6)
     _shade(view, 0.3 + 0.2 * n["au9"], rim)
     # Wrinkles across the bridge (au9), which also draw the sides of the nose up.
     for row in (0.03, 0.12, 0.21):
@@ -228,9 +242,9 @@ def _beard(canvas_BHW: Plane, n: Numbers) -> None:
     middle, _ = _turn(0.0, n)
     side = x + 0.5 * n["head_width"] * np.sin(n["yaw"])
     lip = n["mouth_y"] + n["pitch"]
-    taper = 1 - n["jaw"] * np.clip(y, 0, 2) ** 2
-    chin = np.sqrt((side / (n["head_width"] * taper)) ** 2 + (y / (n["head_height"] + 0.12 * n["au26"])) ** 2)
-    jaw = _edge((1 - chin) * 0.8) * _edge(y - lip - 0.1 + 0.7 * (x - middle) ** 2 * 1.5, 0.12)
+    # Its upper border runs from the ears down the cheeks and under the mouth.
+    border = lip + 0.12 - 1.1 * np.maximum(np.abs(side) - 0.2, 0)
+    jaw = _edge(0.4 - 0.4 * _round(side, y, n)) * _edge(y - border, 0.16)
     _paint(view, n["hair"], jaw * n["beard"])
     top = lip - 0.13 - 0.03 * n["au26"] - 0.05 * n["au10"]
     bar = np.abs(y - top - 0.5 * (x - middle) ** 2)
@@ -250,8 +264,10 @@ def _mouth(canvas_BHW: Plane, n: Numbers) -> None:
     level = n["mouth_y"] + n["pitch"] + 0.06 * n["au26"] - 0.05 * n["au17"] - 0.03 * n["au9"]
     corners = -0.17 * n["au12"] + 0.15 * n["au15"] + 0.05 * n["au20"] + 0.05 * n["au10"] + n["mouth_bend"]
     line = level + corners * (t * t - 0.35) + n["smirk"] * t
-    above = (0.02 * n["au25"] + 0.07 * n["au26"] + 0.10 * n["au10"] * n["au25"] + 0.05 * n["au31"]) * bow
-    below = (0.07 * n["au25"] + 0.21 * n["au26"] + 0.06 * n["au31"]) * bow + 0.05 * n["au12"] * n["au25"] * bow
+    above = (0.03 * n["au25"] + 0.07 * n["au26"] + 0.10 * n["au10"] * n["au25"] + 0.05 * n["au31"]) * bow
+    below = ((0.08 + 0.09 * n["au20"]) * n["au25"] + 0.21 * n["au26"] + 0.06 * n["au31"]) * bow + 0.07 * n["au12"] * n[
+        "au25"
+    ] * bow
     roof, floor = line - above - 0.05 * n["au10"] * inside, line + below - 0.05 * n["au10"] * inside
     thin = n["lip"] * (1 - 0.75 * n["au24"])
     cupid = thin * np.sqrt(inside) * (1 - 0.35 * np.exp(-((t / 0.2) ** 2)))
@@ -269,15 +285,16 @@ def _mouth(canvas_BHW: Plane, n: Numbers) -> None:
 
 
 def _teeth(view: Plane, x: Plane, y: Plane, n: Numbers, hollow: Plane, t: Plane, roof: Plane, floor: Plane) -> None:
-    shown = np.clip(np.maximum(n["au12"] * 1.2, n["au10"]) + n["au31"] * 2 + 0.5 * n["au20"] - n["au19"], 0, 1)
-    reach = np.maximum(0.085, n["au31"] * 0.5)
+    shown = np.maximum(np.maximum(n["au12"], n["au10"]), np.maximum(n["au31"], n["au20"]))
+    shown = np.clip(4 * shown - 1.2 - 4 * n["au19"], 0, 1)
+    reach = np.maximum(0.085 - 0.045 * n["au20"], n["au31"] * 0.5)
     upper = hollow * _edge(roof + reach - y) * shown
     _paint(view, n["white"] * 1.03, upper)
     gaps = _edge(np.cos(t * 16) - 0.93, 0.2)
     _shade(view, 0.45 * n["au31"], hollow * gaps)
     _shade(view, 0.6 * n["au31"], hollow * _edge(0.012 - np.abs(y - 0.5 * (roof + floor))))
-    tongue = np.sqrt((t / 0.55) ** 2 + ((y - floor - 0.03) / 0.14) ** 2)
-    _paint(view, n["skin"] * 0.78, _edge((1 - tongue) * 0.14) * n["au19"] * (y > roof))
+    tongue = _edge(_oval(t * 0.25, y - floor - 0.03, 0.14, 0.14))
+    _paint(view, n["skin"] * 0.78, tongue * n["au19"] * (y > roof))
 
 
 def _glasses(canvas_BHW: Plane, n: Numbers, hand: float) -> None:
@@ -285,8 +302,9 @@ def _glasses(canvas_BHW: Plane, n: Numbers, hand: float) -> None:
     middle, narrow = _turn(hand * n["eye_gap"], n)
     wide, high = (n["eye_width"] + 0.07) * narrow, n["eye_width"] * 0.95
     level = n["eye_y"] + n["pitch"] + 0.03
-    power = np.sqrt(np.sqrt(((x - middle) / wide) ** 4 + ((y - level) / high) ** 4))
-    _paint(view, n["frame"], _edge(0.018 - np.abs(power - 1) * 0.24) * n["glasses"])
+    # A rounded rectangle: the sum of fourth powers.
+    power = np.square((x - middle) / wide) ** 2 + np.square((y - level) / high) ** 2
+    _paint(view, n["frame"], _edge(0.018 - np.abs(power - 1) * 0.06) * n["glasses"])
     gap = n["eye_gap"] - n["eye_width"] - 0.06
     bridge = _edge(0.018 - np.abs(y - level + 0.05)) * _edge(gap - np.abs(x - _turn(0.0, n)[0]))
     _paint(view, n["frame"], bridge * n["glasses"])

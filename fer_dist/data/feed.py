@@ -32,8 +32,14 @@ class Batch:
 
     def split(self, size: int) -> "list[Batch]":
         """Micro-batches of at most `size` pictures."""
-        pieces = zip(self.images_N1SS.split(size), self.targets_NK.split(size), self.rows_N.split(size), strict=True)
-        return [Batch(images_N1SS=x, targets_NK=t, rows_N=r) for x, t, r in pieces]
+        return [
+            Batch(
+                images_N1SS=self.images_N1SS[i : i + size],
+                targets_NK=self.targets_NK[i : i + size],
+                rows_N=self.rows_N[i : i + size],
+            )
+            for i in range(0, len(self), size)
+        ]
 
 
 def epoch_order(rows_M: NDArray[np.int64], *, seed: int, epoch: int) -> NDArray[np.int64]:

@@ -17,7 +17,7 @@ from fer_dist.data.drawing import REACH, Plane, draw_heads
 from fer_dist.data.faces import SPLITS, Faces
 from fer_dist.spec import EXPRESSIONS
 
-DRAWING_VERSION = 1
+DRAWING_VERSION = 2
 """Raised with every change that changes a pixel: part of the cache key."""
 
 BATCH = 64
@@ -28,7 +28,7 @@ TRAITS: dict[str, tuple[float, float]] = {
     "head_width": (0.66, 0.80),
     "head_height": (0.90, 1.04),
     "jaw": (0.08, 0.34),
-    "skin": (0.36, 0.92),
+    "skin": (0.42, 0.92),
     "hair": (0.03, 0.75),
     "long_hair": (-1.2, 1.0),
     "has_hair": (-0.15, 1.0),
@@ -78,9 +78,9 @@ TRAITS: dict[str, tuple[float, float]] = {
     "back_texture": (0.0, 1.0),
     "light_x": (-1.0, 1.0),
     "light_y": (-1.0, 1.0),
-    "light_tilt": (0.0, 0.4),
+    "light_tilt": (0.0, 0.32),
     "exposure": (0.75, 1.12),
-    "contrast": (0.75, 1.2),
+    "contrast": (0.8, 1.2),
     "scale": (0.90, 1.22),
     "shift_x": (-0.16, 0.16),
     "shift_y": (-0.14, 0.14),
@@ -147,7 +147,7 @@ def _draw_split(count: int, seed: int, split: int, size: int) -> tuple[NDArray[n
         numbers = _numbers(labels_B, streams[1].random((BATCH, len(TRAITS)), np.float32), streams[2])
         noise_BHW = streams[3].standard_normal((BATCH, size, size), np.float32)
         part = slice(start, min(start + BATCH, count))
-        images_NHW[part] = _photograph(draw_heads(numbers, 2 * size), numbers, noise_BHW)[: part.stop - start]
+        images_NHW[part] = _photograph(draw_heads(numbers, size * 7 // 4), numbers, noise_BHW)[: part.stop - start]
         labels_N[part] = labels_B[: part.stop - start]
     return images_NHW, labels_N
 
@@ -215,5 +215,5 @@ def _sample(canvas_BHW: Plane, x_BHW: Plane, y_BHW: Plane) -> Plane:
     index = left + top * side + np.arange(count, dtype=np.int32)[:, None, None] * (side * side)
     upper = flat[index] * (1 - column) + flat[index + 1] * column
     lower = flat[index + side] * (1 - column) + flat[index + side + 1] * column
-    upper += (lower - upper) * row
-    return upper
+    photo: Plane = upper + (lower - upper) * row
+    return photo
