@@ -1,0 +1,268 @@
+"""The audit finds what was planted, exactly."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import FrozenInstanceError
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from fer_dist.audit import _sections, draw, summary
+from fer_dist.config import DataConfig
+from fer_dist.data import copies
+from fer_dist.data.audit import Copies, Findings, Picture, audit, exact_groups
+from fer_dist.data.cache import open_faces
+from fer_dist.data.copies import near_pairs
+from fer_dist.data.faces import TEST, TRAIN, VAL, Faces
+from fer_dist.spec import EXPRESSIONS, LabelSet
+
+ANGRY, DISGUST, FEAR, HAPPY, SAD, SURPRISE, NEUTRAL = range(7)
+
+
+def blobs(count: int, side: int = 48, seed: int = 0) -> NDArray[np.uint8]:
+    """Unlike pictures `[N, S, S]` with large and small detail, between 30 and 230."""
+    random = np.random.default_rng(seed)
+    coarse_NHW = np.kron(random.uniform(-1, 1, (count, 6, 6)), np.ones((-(-side // 6), -(-side // 6))))
+    noise_NHW = random.uniform(-0.3, 0.3, (count, side, side))
+    return (130 + 75 * (coarse_NHW[:, :side, :side] + noise_NHW)).astype(np.uint8)
+
+
+def planted() -> Faces:
+    a, b, c, d, e, f, g = blobs(7)
+    black, grey = np.zeros_like(a), np.full_like(a, 77)
+    flat = grey.copy()
+    flat[:, :24] += 2  # deviation 1.0
+    rows: list[tuple[NDArray[np.uint8], int, int]] = [
+        (a, ANGRY, TRAIN),  # 0, 1: exact, one split, one label
+        (a, ANGRY, TRAIN),
+        (b, HAPPY, VAL),  # 2, 3: exact, across splits, two labels
+        (b, SAD, TRAIN),
+        (c, FEAR, TRAIN),  # 4, 5: near (darker, less contrast), across splits
+        ((c * 0.5 + 10).astype(np.uint8), FEAR, VAL),
+        (d, HAPPY, TRAIN),  # 6, 7: mirrored, two labels
+        (d[:, ::-1], NEUTRAL, TRAIN),
+        (black, ANGRY, TRAIN),  # 8, 9: black, across splits, two labels
+        (black, SAD, TEST),
+        (grey, DISGUST, VAL),  # 10: blank, but not black
+        (flat, SURPRISE, TRAIN),  # 11: nearly flat; 12 its near copy, which must not count
+        (flat[:, ::-1], SURPRISE, VAL),
+        (e, SURPRISE, VAL),  # 13, 14: mirrored and brighter, across the two evaluation parts
+        (np.minimum(e[:, ::-1] + 20, 255).astype(np.uint8), SURPRISE, TEST),
+        (a[::-1], ANGRY, VAL),  # 15: upside down is no copy
+        (f, NEUTRAL, TEST),  # 16, 17: test and train: the train one is no leak
+        (f, NEUTRAL, TRAIN),
+        (g, HAPPY, TEST),
+    ]
+    return Faces(
+        images_NHW=np.stack([row[0] for row in rows]),
+        labels_N=np.array([row[1] for row in rows]),
+        usage_N=np.array([row[2] for row in rows]),
+        names=[f"row {i}" for i in range(len(rows))],
+        notes=("a note of the reader",),
+    )
+
+
+@pytest.fixture(scope="module")
+def found() -> Findings:
+    return audit(planted())
+
+
+def at(pictures: Sequence[Picture]) -> list[int]:
+    return [p.index for p in pictures]
+
+
+def kinds(groups: Sequence[Copies]) -> list[tuple[str, list[int], bool, bool]]:
+    return sorted((c.kind, at(c.pictures), c.labels_differ, c.splits_differ) for c in groups)
+
+
+def test_blank_and_flat_pictures(found: Findings) -> None:
+    assert at(found.blank) == [8, 9, 10]
+    assert [p.grey for p in found.blank] == [0, 0, 77]
+    assert at(found.flat) == [11, 12]
+    assert [p.deviation for p in found.flat] == [1.0, 1.0]
+    assert {k: found.counts[k] for k in ("blank", "black", "black_train", "black_val", "black_test", "flat")} == {
+        "blank": 3,
+        "black": 2,
+        "black_train": 1,
+        "black_val": 0,
+        "black_test": 1,
+        "flat": 2,
+    }
+
+
+def test_exact_copies(found: Findings) -> None:
+    assert kinds(found.exact) == [
+        ("exact", [0, 1], False, False),
+        ("exact", [2, 3], True, True),
+        ("exact", [8, 9], True, True),
+        ("exact", [16, 17], False, True),
+    ]
+    assert found.counts["distinct"] == 19 - 4
+    assert found.counts["exact_groups"] == 4
+    assert found.counts["exact_groups_labels_differ"] == 2
+    assert found.counts["exact_groups_splits_differ"] == 3
+
+
+def test_near_and_mirrored_copies(found: Findings) -> None:
+    assert kinds(found.near_copies) == [
+        ("mirrored", [6, 7], True, False),
+        ("mirrored", [13, 14], False, True),
+        ("near", [4, 5], False, True),
+    ]
+    assert all(0.999 < c.correlation <= 1 for c in found.near_copies)
+    assert found.counts["near_pairs"] == 1
+    assert found.counts["mirrored_pairs"] == 2
+    assert found.counts["mirrored_pairs_labels_differ"] == 1
+    assert found.counts["mirrored_pairs_splits_differ"] == 1
+
+
+def test_leaks_are_copies_in_an_earlier_part(found: Findings) -> None:
+    assert at(found.leaks) == [2, 9, 16]
+    assert at(found.near_leaks) == [5, 14]
+    assert (found.counts["leaks_val"], found.counts["leaks_test"], found.counts["leaks_train"]) == (1, 2, 0)
+
+
+def test_a_near_copy_speaks_for_the_exact_copies_of_both() -> None:
+    a, b = blobs(2)
+    darker = (a * 0.5).astype(np.uint8)
+    faces = Faces(
+        images_NHW=np.stack([a, darker, b, a, darker]),
+        labels_N=np.zeros(5, dtype=np.int64),
+        usage_N=np.array([TRAIN, TRAIN, TRAIN, TRAIN, VAL]),
+        names=list("abcde"),
+    )
+    found = audit(faces)
+    assert kinds(found.near_copies) == [("near", [0, 3, 1, 4], False, True)]
+    assert at(found.leaks) == [4]
+    assert found.near_leaks == ()  # counted once, as exact
+
+
+def test_counts_per_class_and_split(found: Findings) -> None:
+    assert found.per_class["angry"] == {"train": 3, "val": 1, "test": 0}
+    assert found.per_class["surprise"] == {"train": 1, "val": 2, "test": 1}
+    assert sum(sum(row.values()) for row in found.per_class.values()) == found.counts["pictures"] == 19
+    assert list(found.per_class) == list(EXPRESSIONS)
+
+
+def test_findings_are_frozen_and_plain(found: Findings) -> None:
+    with pytest.raises(FrozenInstanceError):
+        found.near = 0.5  # type: ignore[misc]
+    plain = json.loads(json.dumps(found.to_dict()))
+    assert next(iter(plain)) == "counts"
+    assert plain["exact"][1]["pictures"][0]["name"] == "row 2"
+    assert plain["notes"] == ["a note of the reader"]
+
+
+def test_progress_reaches_the_end() -> None:
+    told: list[tuple[str, int, int]] = []
+    audit(planted(), progress=lambda what, done, total: told.append((what, done, total)))
+    assert {what for what, done, total in told if done == total} == {"blank pictures", "near copies"}
+
+
+@pytest.mark.parametrize("near", [0, -0.5, 1.01, float("nan")])
+def test_a_threshold_that_is_no_correlation(near: float) -> None:
+    with pytest.raises(ValueError, match="correlation"):
+        audit(planted(), near=near)
+
+
+def test_exact_groups_are_numbered_by_first_appearance() -> None:
+    a, b, c = blobs(3)
+    assert exact_groups(np.stack([a, b, a, c, b])).tolist() == [0, 1, 0, 2, 1]
+    assert exact_groups(np.stack([a, a.T])).tolist() == [0, 1]
+    assert exact_groups(a[:0].reshape(0, 48, 48)).tolist() == []
+
+
+def test_all_pictures_alike_or_blank() -> None:
+    for image in (blobs(1)[0], np.zeros((48, 48), dtype=np.uint8)):
+        faces = Faces(
+            images_NHW=np.stack([image] * 3), labels_N=np.arange(3), usage_N=np.array([0, 1, 2]), names=list("abc")
+        )
+        found = audit(faces)
+        assert found.counts["distinct"] == 1
+        assert at(found.leaks) == [1, 2]
+
+
+def brute(images_NHW: NDArray[np.uint8], near: float) -> set[tuple[int, int, bool]]:
+    """Every pair at full resolution, by numpy's own correlation."""
+    flat_NP = images_NHW.reshape(len(images_NHW), -1)
+    mirror_NP = images_NHW[:, :, ::-1].reshape(len(images_NHW), -1)
+    both_NN = np.corrcoef(flat_NP, mirror_NP)
+    plain_NN, mirrored_NN = both_NN[: len(flat_NP), : len(flat_NP)], both_NN[: len(flat_NP), len(flat_NP) :]
+    best_NN = np.triu(np.maximum(plain_NN, mirrored_NN), 1)
+    return {(int(a), int(b), bool(mirrored_NN[a, b] > plain_NN[a, b])) for a, b in np.argwhere(best_NN >= near)}
+
+
+@pytest.mark.parametrize(("side", "near"), [(48, 0.98), (48, 0.9), (17, 0.98), (64, 0.98), (10, 0.95)])
+def test_the_prefilter_loses_nothing(side: int, near: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Copies on both sides of the threshold, with all of the difference in what the prefilter does not see."""
+    monkeypatch.setattr(copies, "BLOCK", 50)  # several blocks, the last one short
+    random = np.random.default_rng(1)
+    base_NHW = blobs(40, side).astype(np.float64)
+    checks_HW = 1.0 - 2 * (np.indices((side, side)).sum(axis=0) % 2)  # the highest frequency
+    strength_N11 = random.uniform(0, 2.2 * np.sqrt(2 * (1 - near)) * 40, (160, 1, 1))
+    some_NHW = np.tile(base_NHW, (4, 1, 1)) + strength_N11 * random.choice([-1, 1], (160, 1, 1)) * checks_HW
+    some_NHW[::3] = some_NHW[::3, :, ::-1]
+    images_NHW = np.clip(some_NHW, 0, 255).astype(np.uint8)
+    pairs, notes = near_pairs(images_NHW, np.arange(160), near, lambda what, done, total: None)
+    want = brute(images_NHW, near)
+    assert {(a, b, mirrored) for a, b, _, mirrored in pairs} == want
+    assert 20 < len(want) < 40 * 6  # of the 240 pairs of one base, some are near and some are not
+    assert notes == ()
+    assert [c for _, _, c, _ in pairs] == sorted((c for _, _, c, _ in pairs), reverse=True)
+
+
+def test_an_endless_number_of_pairs_is_cut_short_and_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(copies, "MAX_PAIRS", 5)
+    image_HW = blobs(1)[0]
+    images_NHW = np.stack([image_HW // 2 + i for i in range(20)])
+    faces = Faces(
+        images_NHW=images_NHW, labels_N=np.zeros(20, dtype=int), usage_N=np.zeros(20, dtype=int), names=["x"] * 20
+    )
+    found = audit(faces)
+    assert found.counts["near_pairs"] == 5
+    assert "ended at 5 pairs" in found.notes[0]
+
+
+def test_the_sentences_and_the_picture(found: Findings) -> None:
+    lines = summary(found)
+    for line in (
+        "pictures: 9 train + 6 val + 4 test",
+        "black pictures: 2 (1 train, 0 val, 1 test)",
+        "blank pictures of another grey: 1",
+        "groups of exact copies: 4",
+        "groups of exact copies with conflicting labels: 2",
+        "groups of exact copies across splits: 3",
+        "val pictures copied from train: 1",
+        "test pictures copied from train or val: 2",
+        "pairs of mirrored copies (likewise): 2 (1 with conflicting labels, 1 across splits)",
+        "note: a note of the reader",
+    ):
+        assert line in lines
+    assert [title for title, _ in _sections(found)] == [
+        "Blank and nearly flat pictures: 5",
+        "The same picture with different labels, blank ones aside: 1",
+        "Near copies in different splits: 1",
+        "Mirrored copies in different splits: 1",
+    ]
+    assert [at(pictures) for _, tiles in _sections(found)[1:] for _, pictures in tiles] == [[3, 2], [4, 5], [13, 14]]
+    sheet = draw(planted(), found)
+    assert sheet.mode == "L"
+    assert 0 < np.asarray(sheet).mean() < 255
+    assert sheet.height > 4 * 144  # four sections, each with a row of pictures
+
+
+def test_the_prefilter_loses_nothing_on_real_pictures(real_archive: Path) -> None:
+    """3,000 distinct pictures; 0.85 instead of 0.98, for the sake of many pairs, mirrored ones among them."""
+    faces = open_faces(DataConfig(path=str(real_archive)), LabelSet())
+    images_NHW = np.asarray(faces.images_NHW)
+    first_G = np.unique(exact_groups(images_NHW), return_index=True)[1]
+    textured_G = first_G[images_NHW[first_G].std(axis=(1, 2)) >= 3]
+    sample_D = np.sort(np.random.default_rng(0).choice(textured_G, 3000, replace=False))
+    some_NHW = images_NHW[sample_D]
+    pairs, _ = near_pairs(some_NHW, np.arange(3000), 0.85, lambda what, done, total: None)
+    want = brute(some_NHW, 0.85)
+    assert {(a, b, mirrored) for a, b, _, mirrored in pairs} == want
+    assert len(want) > 20
+    assert any(mirrored for *_, mirrored in want)
