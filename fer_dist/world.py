@@ -103,11 +103,16 @@ class World:
 
     def node_first(self, work: Callable[[], T]) -> T:
         """Do the work on each node's first process, then on the others, which find it done."""
+
+        def nothing() -> None: ...
+
         if self.local_rank == 0:
-            self.together(work)
-            return self.together(work)
-        self.together(lambda: None)
-        return self.together(work)
+            result = self.together(work)
+            self.together(nothing)
+        else:
+            self.together(nothing)
+            result = self.together(work)
+        return result
 
     def wrap(self, model: nn.Module) -> nn.Module:
         """The model with its gradients averaged over the ranks (DDP); alone, the model itself.

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fer_dist.config import Config
-from fer_dist.engine.checkpoint import load
+from fer_dist.engine.checkpoint import Checkpoint, load
 from fer_dist.engine.metrics import Metrics
 from fer_dist.engine.optim import Ema, Schedule, build_optimizer, parameter_groups
 from fer_dist.engine.runlog import RunLog
+from fer_dist.errors import UserError
 from fer_dist.models.base import FaceModel
 from fer_dist.world import World
 
@@ -100,17 +101,30 @@ def resume_state(state: TrainState) -> dict[str, Any]:
 
 
 def restore(state: TrainState, path: Path, world: World, log: RunLog) -> None:
-    """Go on from last.pth, at the end of its epoch; nothing to do where there is none."""
-    if not path.exists():
+    """Go on from last.pth, at the end of its epoch; from the beginning where there is none.
+
+    Rank 0 reads it and tells the others, which may not share its disk.
+
+    Raises:
+        UserError: the file is damaged, or is of another model or optimizer.
+    """
+    found: list[Checkpoint] = []
+    world.only_first(lambda: found.append(load(path)) if path.exists() else None)
+    checkpoint = world.from_first(found[0] if found else None)
+    if checkpoint is None:
         log.say(f"resume: {path} does not exist, starting from the beginning")
         return
-    checkpoint = load(path)
     kept = checkpoint.resume
-    state.model.load_state_dict(kept["model"])
-    if state.ema:
-        state.ema.model.load_state_dict(checkpoint.weights)
-    state.optimizer.load_state_dict(kept["optimizer"])
-    state.scaler.load_state_dict(kept["scaler"])
+    try:
+        state.model.load_state_dict(kept["model"])
+        if state.ema:
+            state.ema.model.load_state_dict(checkpoint.weights)
+        state.optimizer.load_state_dict(kept["optimizer"])
+        state.scaler.load_state_dict(kept["scaler"])
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise UserError(
+            f"{path} does not fit these settings: {error}", f"--config {path.parent}/config.yaml, or another --run.name"
+        ) from None
     state.schedule.load(kept["schedule"])
     state.epoch, state.step, state.bad_epochs = kept["epoch"], kept["step"], kept["bad_epochs"]
     best = kept["best"]

@@ -77,7 +77,7 @@ def fit(config: Config, world: World | None = None, on_epoch: OnEpoch | None = N
     folder, resumes = open_run(config, world)
     origin = provenance(world, faces.key)
     if resumes:
-        world.together(lambda: restore(state, folder / "last.pth", world, log))
+        restore(state, folder / "last.pth", world, log)
     world.only_first(lambda: introduce(folder, config, origin))
     records = log.open(folder, keep=state.epoch)
     log.say(f"run folder {folder}: {describe(config, state, world)}")
