@@ -1,0 +1,274 @@
+"""The cache: decoded once, keyed by content, whole or not there, whoever else builds it."""
+
+import io
+import os
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fer_dist.config import DataConfig
+from fer_dist.data import cache
+from fer_dist.data.faces import Faces
+from fer_dist.data.readers import read_faces
+from fer_dist.data.synthetic import DRAWING_VERSION
+from fer_dist.errors import UserError
+from fer_dist.spec import LabelSet
+
+LABELS = LabelSet()
+ROOT = Path(__file__).resolve().parents[2]
+NAMES = ("train/happy/0.png", "train/sad/1.png", "test/fear/2.png")
+
+
+def picture(level: int) -> bytes:
+    out = io.BytesIO()
+    Image.fromarray(np.full((48, 48), level, dtype=np.uint8)).save(out, "PNG")
+    return out.getvalue()
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> DataConfig:
+    for level, name in enumerate(NAMES):
+        (tmp_path / "source" / name).parent.mkdir(parents=True)
+        (tmp_path / "source" / name).write_bytes(picture(level))
+    return DataConfig(path=str(tmp_path / "source"), cache_dir=str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Grows by one with every call of read_faces."""
+    calls: list[int] = []
+
+    def counted(*args: Any, **kwargs: Any) -> Faces:
+        calls.append(1)
+        return read_faces(*args, **kwargs)
+
+    monkeypatch.setattr(cache, "read_faces", counted)
+    return calls
+
+
+def entries(data: DataConfig) -> list[str]:
+    """What lies in the cache folder, temporary folders included."""
+    return sorted(path.name for path in cache.cache_dir(data).iterdir())
+
+
+def test_second_opening_decodes_nothing(data: DataConfig, decoded: list[int]) -> None:
+    first, second = cache.open_faces(data, LABELS), cache.open_faces(data, LABELS)
+    assert len(decoded) == 1
+    assert isinstance(second.images_NHW, np.memmap)
+    assert not second.images_NHW.flags.writeable
+    assert second.images_NHW[:, 0, 0].tolist() == [2, 0, 1]
+    assert second.labels_N.tolist() == [2, 3, 4]
+    assert list(second.names) == sorted(NAMES)
+    assert first.key == second.key
+    assert first.notes == second.notes
+    assert entries(data) == [first.key]  # nothing temporary stays
+
+
+def test_votes_notes_and_odd_names_survive(data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Faces(
+        images_NHW=np.zeros((2, 48, 48), dtype=np.uint8),
+        labels_N=np.array([1, 2]),
+        usage_N=np.array([0, 1]),
+        names=["caf\udce9.png", "b\r\x85.png"],  # a byte that was no UTF-8; signs that splitlines would split at
+        targets_NK=np.full((2, 7), 1 / 7, dtype=np.float32),
+        notes=("one", "two"),
+    )
+    monkeypatch.setattr(cache, "read_faces", lambda *_, **__: made)
+    faces = cache.open_faces(data, LABELS)
+    assert list(faces.names) == list(made.names)
+    assert faces.notes == made.notes
+    assert faces.targets_NK is not None
+    assert np.array_equal(faces.targets_NK, np.full((2, 7), 1 / 7, dtype=np.float32))
+
+
+def test_key_follows_content_and_settings(data: DataConfig, tmp_path: Path) -> None:
+    key = cache.open_faces(data, LABELS).key
+    keys = {key, cache.open_faces(data.override({"size": 32}), LABELS).key}
+    keys.add(cache.open_faces(data.override({"on_error": "skip"}), LABELS).key)
+    keys.add(cache.open_faces(data, LabelSet(names=LABELS.names[::-1])).key)
+    assert len(keys) == 4
+    assert cache.open_faces(data.override({"val_fraction": 0.3, "augment.flip": 0.5}), LABELS).key == key
+    changed = tmp_path / "source" / NAMES[0]
+    os.utime(changed, ns=(1, changed.stat().st_mtime_ns + 1))
+    assert cache.open_faces(data, LABELS).key not in keys
+
+
+def test_zip_is_known_by_its_content(data: DataConfig, tmp_path: Path, decoded: list[int]) -> None:
+    def packed(name: str, order: tuple[int, ...], levels: tuple[int, ...]) -> DataConfig:
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            for i in order:
+                archive.writestr(NAMES[i], picture(levels[i]))
+        return data.override({"path": str(tmp_path / name)})
+
+    first = cache.open_faces(packed("a.zip", (0, 1, 2), (7, 8, 9)), LABELS)
+    same = cache.open_faces(packed("b.zip", (2, 0, 1), (7, 8, 9)), LABELS)
+    other = cache.open_faces(packed("a.zip", (0, 1, 2), (7, 8, 10)), LABELS)
+    assert first.key == same.key != other.key
+    assert len(decoded) == 2
+    assert other.images_NHW[0, 0, 0] == 10
+
+
+def test_embedded_faces_need_no_path(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[int, ...]] = []
+
+    def draw(train: int, val: int, test: int, seed: int, size: int) -> Faces:
+        drawn.append((train, val, test, seed, size))
+        count = train + val + test
+        usage_N = np.repeat([0, 1, 2], [train, val, test])
+        images_NHW = np.zeros((count, size, size), dtype=np.uint8)
+        return Faces(images_NHW=images_NHW, labels_N=np.arange(count) % 7, usage_N=usage_N, names=["x"] * count)
+
+    monkeypatch.setattr(cache, "draw_faces", draw)
+    embedded = data.override({"path": None, "embedded_train": 14, "embedded_val": 7, "embedded_seed": 5})
+    first = cache.open_faces(embedded, LABELS)
+    assert len(first) == 28
+    assert cache.open_faces(embedded, LABELS).key == first.key
+    assert drawn == [(14, 7, 7, 5, 48)]
+    assert cache.open_faces(embedded.override({"embedded_seed": 6}), LABELS).key != first.key
+    monkeypatch.setattr(cache, "DRAWING_VERSION", DRAWING_VERSION + 1)
+    assert cache.open_faces(embedded, LABELS).key != first.key
+
+
+DAMAGE = {  # what is then the whole content of a file; None: it is gone
+    "cut pictures": ("images_NHW.npy", b"\x93NUMPY"),
+    "other pictures": ("images_NHW.npy", b"x" * (128 + 3 * 48 * 48)),  # of the right size
+    "longer labels": ("labels_N.npy", b"x" * 10_000),
+    "no names": ("names.txt", None),
+    "empty record": ("meta.json", b""),
+    "other record": ("meta.json", b"[1, 2]"),
+    "record without notes": ("meta.json", b'{"files": {}}'),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+def test_damaged_entry_is_built_again(data: DataConfig, decoded: list[int], kind: str) -> None:
+    key = cache.open_faces(data, LABELS).key
+    name, content = DAMAGE[kind]
+    file = cache.cache_dir(data) / key / name
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    faces = cache.open_faces(data, LABELS)
+    assert len(decoded) == 2
+    assert faces.images_NHW[:, 0, 0].tolist() == [2, 0, 1]
+    assert entries(data) == [key]
+    cache.open_faces(data, LABELS)
+    assert len(decoded) == 2
+
+
+BUILDER = """
+import os, signal, sys, time
+from pathlib import Path
+from fer_dist.config import DataConfig
+from fer_dist.data import cache
+from fer_dist.spec import LabelSet
+
+source, folder, mode, mine, other = sys.argv[1:]
+read, save = cache.read_faces, cache.np.save
+
+def meet(*args, **kwargs):  # both are past the look into the cache before either goes on
+    Path(mine).touch()
+    while not Path(other).exists():
+        time.sleep(0.01)
+    return read(*args, **kwargs)
+
+def die(file, array):
+    save(file, array)
+    if "labels" in str(file):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if mode == "meet":
+    cache.read_faces = meet
+else:
+    cache.np.save = die
+faces = cache.open_faces(DataConfig(path=source, cache_dir=folder), LabelSet())
+print(faces.key, faces.images_NHW[:, 0, 0].tolist())
+"""
+
+
+def builder(data: DataConfig, mode: str, *flags: Path) -> "subprocess.Popen[str]":
+    line = [sys.executable, "-W", "error", "-c", BUILDER, str(data.path), str(data.cache_dir), mode, *map(str, flags)]
+    return subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_two_processes_build_at_once(data: DataConfig, tmp_path: Path, damaged: bool) -> None:
+    if damaged:  # both find it, and both want to replace it
+        os.truncate(cache.cache_dir(data) / cache.open_faces(data, LABELS).key / "images_NHW.npy", 100)
+    a, b = tmp_path / "a", tmp_path / "b"
+    builders = [builder(data, "meet", a, b), builder(data, "meet", b, a)]
+    told = [process.communicate(timeout=60) for process in builders]
+    assert [process.returncode for process in builders] == [0, 0], told
+    assert told[0] == told[1]
+    assert "[2, 0, 1]" in told[0][0]
+    assert len(entries(data)) == 1
+
+
+def test_builder_that_was_killed_leaves_nothing_that_is_read(data: DataConfig, decoded: list[int]) -> None:
+    process = builder(data, "die", Path(), Path())
+    process.communicate(timeout=60)
+    assert process.returncode == -signal.SIGKILL
+    (left,) = entries(data)
+    assert left.startswith(".building-")
+    faces = cache.open_faces(data, LABELS)
+    assert len(decoded) == 1
+    assert faces.images_NHW[:, 0, 0].tolist() == [2, 0, 1]
+    assert entries(data) == [left, faces.key]  # it might belong to a build that goes on
+
+    old = time.time() - 2 * 24 * 3600
+    os.utime(cache.cache_dir(data) / left, (old, old))
+    other = cache.open_faces(data.override({"size": 32}), LABELS)
+    assert entries(data) == sorted([faces.key, other.key])
+
+
+def test_failed_reading_leaves_nothing(data: DataConfig) -> None:
+    Path(str(data.path), NAMES[0]).write_bytes(b"no picture")
+    with pytest.raises(UserError, match=r"0\.png"):
+        cache.open_faces(data, LABELS)
+    assert entries(data) == []
+
+
+def test_folder_that_cannot_be_written(data: DataConfig, tmp_path: Path, decoded: list[int]) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(UserError) as caught:
+        cache.open_faces(data.override({"cache_dir": str(tmp_path / "file" / "cache")}), LABELS)
+    assert str(tmp_path / "file" / "cache") in caught.value.problem
+    assert "--data.cache_dir" in caught.value.fix
+    assert decoded == []  # known before minutes of decoding
+
+
+def test_full_disk_names_the_setting(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(np, "save", full)
+    with pytest.raises(UserError, match=r"No space left[\s\S]*--data\.cache_dir"):
+        cache.open_faces(data, LABELS)
+    assert entries(data) == []
+
+
+def test_missing_path_and_votes_are_named(data: DataConfig) -> None:
+    with pytest.raises(UserError, match=r"gone\.zip does not exist[\s\S]*--data\.path"):
+        cache.open_faces(data.override({"path": "gone.zip"}), LABELS)
+    with pytest.raises(UserError, match=r"gone\.csv does not exist[\s\S]*--data\.ferplus"):
+        cache.open_faces(data.override({"ferplus": "gone.csv"}), LABELS)
+
+
+def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FER_DIST_CACHE", "/of/variable")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/of/xdg")
+    monkeypatch.setenv("HOME", "/of/home")
+    assert cache.cache_dir(DataConfig(cache_dir="~/mine")) == Path("/of/home/mine")
+    assert cache.cache_dir(DataConfig()) == Path("/of/variable")
+    monkeypatch.delenv("FER_DIST_CACHE")
+    assert cache.cache_dir(DataConfig()) == Path("/of/xdg/fer_dist")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert cache.cache_dir(DataConfig()) == Path("/of/home/.cache/fer_dist")
