@@ -44,6 +44,7 @@ ORDER = (
     "fer_dist.models.freeze",
     "fer_dist.models.base",
     "fer_dist.models.weights",
+    "fer_dist.models.hf",
     "fer_dist.models.patt_lite",
     "fer_dist.models.vit",
     "fer_dist.models.vit_mae",

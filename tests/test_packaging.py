@@ -29,7 +29,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in (*PACKAGES, "tests"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     (source / "tune_runs").mkdir()  # a folder of results with a tempting name
-    (source / "tune_runs" / "old.py").touch()
+    for extra in ("tune_runs", "tests"):
+        (source / extra / "__init__.py").touch()
     for name in ("pyproject.toml", "LICENSE", "README.md"):
         if (ROOT / name).exists():
             shutil.copy(ROOT / name, source)
