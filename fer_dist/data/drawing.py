@@ -1,9 +1,9 @@
 """A face from numbers: soft shapes on a grid of pixels, moved by facial action units.
 
 `draw_heads` turns one row of numbers per face into one grey picture. Everything is a soft mask
-(the distance to an edge over the width of a pixel, clipped to 0..1), so edges are smooth without
-drawing libraries. Curves are functions of one axis and stay `[B, 1, W]` or `[B, H, 1]` as long as
-possible; only masks are full pictures, and features are drawn in windows around them.
+(the distance to an edge over about a pixel of FER2013, clipped to 0..1), so edges are smooth.
+Curves are functions of one axis and stay `[B, 1, W]` or `[B, H, 1]` as long as possible; only
+masks are full pictures, and features are drawn in windows around them.
 
 What moves is named after the Facial Action Coding System (Ekman & Friesen, "Facial Action Coding
 System", Consulting Psychologists Press, 1978): au1 inner brow up, au2 outer brow up, au4 brows down
@@ -123,8 +123,7 @@ def _head(canvas_BHW: Plane, n: Numbers) -> None:
     # The tone falls off towards the outline, as on a ball.
     round_BHW = _round(x, y, n)
     flat = n["skin"] * 1.04 + n["skin"] * n["light_x"] * 0.22 * x
-    ball = flat + n["skin"] * n["light_y"] * 0.12 * y
-    ball -= (0.24 * n["skin"]) * round_BHW
+    ball = flat + n["skin"] * n["light_y"] * 0.12 * y - (0.24 * n["skin"]) * round_BHW
     _paint(view, ball, _edge(0.4 - 0.4 * round_BHW))
 
 
@@ -157,8 +156,8 @@ def _eye(canvas_BHW: Plane, n: Numbers, hand: float) -> None:
     slant = np.clip(0.45 * n["au4"] * (1 - n["au1"]) - 0.45 * n["au43"] - 0.25 * n["au1"] * (1 - n["au5"]), -0.6, 0.6)
     opened = 1 + 0.75 * n["au5"] - 0.45 * n["au7"] - 0.33 * n["au6"] - 0.4 * n["au43"]
     upper = level - n["eye_open"] * opened * bow * (1 + slant * t) - n["eye_tilt"] * t
-    lower = level + 0.62 * n["eye_open"] * bow * (1 + 0.25 * n["au5"] - 1.2 * n["au6"] - 0.45 * n["au7"])
-    lower = lower - n["eye_tilt"] * t
+    raised = 1.2 * n["au6"] + 0.45 * n["au7"] - 0.25 * n["au5"]
+    lower = level + 0.62 * n["eye_open"] * bow * (1 - raised) - n["eye_tilt"] * t
     ends = _edge((1 - np.abs(t)) * width)
     inside = _edge(y - upper) * _edge(lower - y) * ends
     _shade(view, 0.25 * n["socket"], _edge(0.13 - np.abs(y - upper + 0.08), 0.2) * np.clip(1.3 - t * t, 0, 1))
@@ -171,8 +170,8 @@ def _eye(canvas_BHW: Plane, n: Numbers, hand: float) -> None:
     _shade(view, 0.35 + 0.2 * n["au6"], _edge(0.008 - np.abs(y - lower)) * ends)
     # The fold above the lid, and the bulge that a raised cheek pushes under the eye (au6).
     _shade(view, 0.28, _edge(0.006 - np.abs(y - upper + 0.075)) * ends)
-    bag = lower + 0.05 + 0.05 * bow
-    _shade(view, 0.1 + 0.35 * np.maximum(n["au6"], n["au7"] * 0.6), _edge(0.008 - np.abs(y - bag)) * ends)
+    bag = _edge(0.008 - np.abs(y - lower - 0.05 - 0.05 * bow)) * ends
+    _shade(view, 0.1 + 0.35 * np.maximum(n["au6"], n["au7"] * 0.6), bag)
 
 
 def _brow(canvas_BHW: Plane, n: Numbers, hand: float) -> None:
@@ -184,9 +183,8 @@ def _brow(canvas_BHW: Plane, n: Numbers, hand: float) -> None:
     centre = level - 0.05 - 0.05 * n["au1"] - 0.14 * n["au2"] + 0.065 * n["au4"] + 0.03 * n["au9"]
     outer = level + 0.02 + 0.05 * n["au1"] - 0.12 * n["au2"] - 0.03 * n["au4"]
     line = centre + 0.5 * (outer - inner) * t + (0.5 * (outer + inner) - centre) * t * t
-    thick = n["brow_thick"] * (1.05 - 0.35 * t)
-    mask = _edge(thick - np.abs(y - line)) * _edge((1 - np.abs(t)) * 0.2)
-    _paint(view, n["brow"], mask * n["brow_dense"])
+    hairs = _edge(n["brow_thick"] * (1.05 - 0.35 * t) - np.abs(y - line)) * _edge((1 - np.abs(t)) * 0.2)
+    _paint(view, n["brow"], hairs * n["brow_dense"])
 
 
 def _nose(canvas_BHW: Plane, n: Numbers) -> None:
@@ -196,8 +194,7 @@ def _nose(canvas_BHW: Plane, n: Numbers) -> None:
     tip_y = n["eye_y"] + n["nose_length"] + n["pitch"] * 1.5 - 0.04 * n["au9"]
     wing = n["nose_width"] * (1 + 0.2 * n["au9"])
     along = np.clip((y - n["eye_y"]) / (tip_y - n["eye_y"]), 0, 1)
-    from_tip = x - tip_x
-    bridge = x - middle - (tip_x - middle) * along
+    from_tip, bridge = x - tip_x, x - middle - (tip_x - middle) * along
     # The bridge: light on one side, shadow on the other; its side follows the light.
     flank = 0.05 + 0.05 * along
     fade = _edge(tip_y - y, 0.1) * np.clip(along * 3, 0, 1)
@@ -209,8 +206,8 @@ def _nose(canvas_BHW: Plane, n: Numbers) -> None:
     _shade(view, 0.3 + 0.2 * n["au9"], rim)
     # Wrinkles across the bridge (au9), which also draw the sides of the nose up.
     for row in (0.03, 0.12, 0.21):
-        crease = n["eye_y"] + n["pitch"] + row + 1.6 * bridge * bridge
-        _shade(view, 0.6 * n["au9"], _edge(0.014 - np.abs(y - crease)) * _edge(0.15 - np.abs(bridge)))
+        away = np.abs(y - n["eye_y"] - n["pitch"] - row - 1.6 * bridge * bridge)
+        _shade(view, 0.6 * n["au9"], _edge(0.014 - away) * _edge(0.15 - np.abs(bridge)))
 
 
 def _folds(canvas_BHW: Plane, n: Numbers) -> None:
@@ -220,21 +217,20 @@ def _folds(canvas_BHW: Plane, n: Numbers) -> None:
     top = n["eye_y"] + n["pitch"]
     for row in (0.50, 0.60):
         crease = top - row - 0.06 * n["au2"] + 0.15 * (x - middle) ** 2
-        mask = _edge(0.010 - np.abs(y - crease)) * _edge(0.36 - np.abs(x - middle), 0.2)
-        _shade(view, 0.3 * np.maximum(n["au1"] * 0.7, n["au2"]), mask)
+        lines = _edge(0.010 - np.abs(y - crease)) * _edge(0.36 - np.abs(x - middle), 0.2)
+        _shade(view, 0.3 * np.maximum(n["au1"] * 0.7, n["au2"]), lines)
     frown = np.abs(np.abs(x - middle) - 0.045 - 0.1 * (top - 0.1 - y))
-    tall = _edge(0.11 - np.abs(y - top + 0.2))
-    _shade(view, 0.45 * np.clip(n["au4"] * 1.2 - n["au1"] * 0.5, 0, 1), _edge(0.010 - frown) * tall)
+    frown = _edge(0.010 - frown) * _edge(0.11 - np.abs(y - top + 0.2))
+    _shade(view, 0.45 * np.clip(n["au4"] * 1.2 - n["au1"] * 0.5, 0, 1), frown)
     view, x, y = _window(canvas_BHW, -0.9, 0.9, 0.0, 0.9)
     start = n["eye_y"] + n["pitch"] + n["nose_length"] - 0.06 - 0.05 * n["au9"]
     down = (y - start) / (n["mouth_y"] + n["pitch"] - start + 0.05)
     depth = np.clip(0.5 * n["au9"] + 0.6 * n["au10"] + 0.45 * n["au12"] + n["age"] * 0.15, 0, 0.6)
     for hand in (-1.0, 1.0):
         near, narrow = _turn(hand * (n["nose_width"] + 0.04), n)
-        spread = hand * narrow * (0.12 + 0.1 * n["au12"] + 0.05 * n["au20"]) * np.clip(down, 0, 1.2)
-        line = near + spread + hand * 0.07 * np.sin(np.clip(down, 0, 1) * 3.14)
-        mask = _edge(0.016 - np.abs(x - line)) * _edge((0.55 - np.abs(down - 0.5)) * 0.4, 0.1)
-        _shade(view, depth, mask)
+        spread = narrow * (0.12 + 0.1 * n["au12"] + 0.05 * n["au20"]) * np.clip(down, 0, 1.2)
+        line = near + hand * (spread + 0.07 * np.sin(np.clip(down, 0, 1) * 3.14))
+        _shade(view, depth, _edge(0.016 - np.abs(x - line)) * _edge((0.55 - np.abs(down - 0.5)) * 0.4, 0.1))
 
 
 def _beard(canvas_BHW: Plane, n: Numbers) -> None:
@@ -244,10 +240,8 @@ def _beard(canvas_BHW: Plane, n: Numbers) -> None:
     lip = n["mouth_y"] + n["pitch"]
     # Its upper border runs from the ears down the cheeks and under the mouth.
     border = lip + 0.12 - 1.1 * np.maximum(np.abs(side) - 0.2, 0)
-    jaw = _edge(0.4 - 0.4 * _round(side, y, n)) * _edge(y - border, 0.16)
-    _paint(view, n["hair"], jaw * n["beard"])
-    top = lip - 0.13 - 0.03 * n["au26"] - 0.05 * n["au10"]
-    bar = np.abs(y - top - 0.5 * (x - middle) ** 2)
+    _paint(view, n["hair"], _edge(0.4 - 0.4 * _round(side, y, n)) * _edge(y - border, 0.16) * n["beard"])
+    bar = np.abs(y - lip + 0.13 + 0.03 * n["au26"] + 0.05 * n["au10"] - 0.5 * (x - middle) ** 2)
     _paint(view, n["hair"], _edge(0.035 - bar) * _edge(0.24 - np.abs(x - middle), 0.1) * n["moustache"])
 
 
@@ -259,15 +253,13 @@ def _mouth(canvas_BHW: Plane, n: Numbers) -> None:
     t = (x - middle - 0.05 * np.sin(n["yaw"])) / width
     inside = np.maximum(1 - t * t, 0)
     # Square openings for stretched, bared or clenched mouths, round ones for a dropped jaw.
-    square = np.clip(np.maximum(n["au20"], n["au31"]), 0, 1)
-    bow = inside ** (0.8 - 0.5 * square)
+    bow = inside ** (0.8 - 0.5 * np.clip(np.maximum(n["au20"], n["au31"]), 0, 1))
     level = n["mouth_y"] + n["pitch"] + 0.06 * n["au26"] - 0.05 * n["au17"] - 0.03 * n["au9"]
     corners = -0.17 * n["au12"] + 0.15 * n["au15"] + 0.05 * n["au20"] + 0.05 * n["au10"] + n["mouth_bend"]
     line = level + corners * (t * t - 0.35) + n["smirk"] * t
     above = (0.03 * n["au25"] + 0.07 * n["au26"] + 0.10 * n["au10"] * n["au25"] + 0.05 * n["au31"]) * bow
-    below = ((0.08 + 0.09 * n["au20"]) * n["au25"] + 0.21 * n["au26"] + 0.06 * n["au31"]) * bow + 0.07 * n["au12"] * n[
-        "au25"
-    ] * bow
+    parted = n["au25"] * (0.08 + 0.09 * n["au20"] + 0.07 * n["au12"])
+    below = (parted + 0.21 * n["au26"] + 0.06 * n["au31"]) * bow
     roof, floor = line - above - 0.05 * n["au10"] * inside, line + below - 0.05 * n["au10"] * inside
     thin = n["lip"] * (1 - 0.75 * n["au24"])
     cupid = thin * np.sqrt(inside) * (1 - 0.35 * np.exp(-((t / 0.2) ** 2)))
@@ -276,25 +268,24 @@ def _mouth(canvas_BHW: Plane, n: Numbers) -> None:
     _paint(view, n["skin"] * n["lip_tone"], lips)
     hollow = _edge(y - roof) * _edge(floor - y) * ends * np.clip((above + below) * 30, 0, 1)
     _paint(view, 0.05, hollow)
-    _teeth(view, x, y, n, hollow, t, roof, floor)
+    _teeth(view, t, y, n, hollow, roof, floor)
     seam = _edge(0.016 + 0.012 * n["au24"] - np.abs(y - 0.5 * (roof + floor))) * ends
     _shade(view, 0.7 * np.clip(1 - (above + below) * 25, 0, 1), seam)
     # A raised chin (au17) bulges below a pushed-up lip; every lower lip throws a small shadow.
-    drop = floor + 1.25 * thin + 0.07
-    _shade(view, 0.16 + 0.35 * n["au17"], _edge(0.022 - np.abs(y - drop), 0.06) * _edge(0.6 - np.abs(t), 0.4))
+    dent = _edge(0.022 - np.abs(y - floor - 1.25 * thin - 0.07), 0.06) * _edge(0.6 - np.abs(t), 0.4)
+    _shade(view, 0.16 + 0.35 * n["au17"], dent)
 
 
-def _teeth(view: Plane, x: Plane, y: Plane, n: Numbers, hollow: Plane, t: Plane, roof: Plane, floor: Plane) -> None:
+def _teeth(view: Plane, t: Plane, y: Plane, n: Numbers, hollow: Plane, roof: Plane, floor: Plane) -> None:
+    """Upper teeth for smiles, raised and stretched lips, both rows and their gaps when clenched; the tongue."""
     shown = np.maximum(np.maximum(n["au12"], n["au10"]), np.maximum(n["au31"], n["au20"]))
     shown = np.clip(4 * shown - 1.2 - 4 * n["au19"], 0, 1)
     reach = np.maximum(0.085 - 0.045 * n["au20"], n["au31"] * 0.5)
-    upper = hollow * _edge(roof + reach - y) * shown
-    _paint(view, n["white"] * 1.03, upper)
-    gaps = _edge(np.cos(t * 16) - 0.93, 0.2)
-    _shade(view, 0.45 * n["au31"], hollow * gaps)
+    _paint(view, n["white"] * 1.03, hollow * _edge(roof + reach - y) * shown)
+    _shade(view, 0.45 * n["au31"], hollow * _edge(np.cos(t * 16) - 0.93, 0.2))
     _shade(view, 0.6 * n["au31"], hollow * _edge(0.012 - np.abs(y - 0.5 * (roof + floor))))
-    tongue = _edge(_oval(t * 0.25, y - floor - 0.03, 0.14, 0.14))
-    _paint(view, n["skin"] * 0.78, tongue * n["au19"] * (y > roof))
+    tongue = _edge(_oval(t * 0.25, y - floor - 0.03, 0.14, 0.14)) * (y > roof)
+    _paint(view, n["skin"] * 0.78, tongue * n["au19"])
 
 
 def _glasses(canvas_BHW: Plane, n: Numbers, hand: float) -> None:
@@ -305,6 +296,5 @@ def _glasses(canvas_BHW: Plane, n: Numbers, hand: float) -> None:
     # A rounded rectangle: the sum of fourth powers.
     power = np.square((x - middle) / wide) ** 2 + np.square((y - level) / high) ** 2
     _paint(view, n["frame"], _edge(0.018 - np.abs(power - 1) * 0.06) * n["glasses"])
-    gap = n["eye_gap"] - n["eye_width"] - 0.06
-    bridge = _edge(0.018 - np.abs(y - level + 0.05)) * _edge(gap - np.abs(x - _turn(0.0, n)[0]))
-    _paint(view, n["frame"], bridge * n["glasses"])
+    bridge = _edge(n["eye_gap"] - n["eye_width"] - 0.06 - np.abs(x - _turn(0.0, n)[0]))
+    _paint(view, n["frame"], _edge(0.018 - np.abs(y - level + 0.05)) * bridge * n["glasses"])

@@ -101,8 +101,8 @@ VARIANTS: dict[str, tuple[str, str, str]] = {
     "angry": ("4:1 5:.4 7:.4 24:1", "4:1 7:.7 24:.8 15:.35 17:.4", "4:1 5:.4 7:.3 31:1 25:.4 10:.4"),
     "disgust": ("4:.5 7:.8 9:1 10:1 15:.3", "4:.4 7:.8 9:1 10:.9 25:.6", "4:.4 7:.9 9:.9 10:.5 19:1 25:.5 26:.25"),
     "fear": (
-        "1:1 2:.8 4:.6 5:1 20:1 25:.8",
-        "1:1 2:.7 4:.7 5:1 20:1 25:.5 26:.3",
+        "1:1 2:.8 4:.6 5:1 20:1 25:1",
+        "1:1 2:.7 4:.7 5:1 20:1 25:.6 26:.4",
         "1:1 2:.9 4:.6 5:1 20:.8 15:.3 25:.9",
     ),
     "happy": ("6:.9 12:1", "6:.9 12:1 25:1", "6:.8 12:1 25:1 26:.35"),
@@ -138,6 +138,7 @@ def draw_faces(train: int, val: int, test: int, seed: int, size: int = 48) -> Fa
 
 def _draw_split(count: int, seed: int, split: int, size: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     """The first `count` faces of a split: uint8 `[count, size, size]` and int64 `[count]`."""
+    canvas = size * 7 // 4  # about 1.6 pixels of the drawing for each of the photo
     images_NHW = np.empty((count, size, size), np.uint8)
     labels_N = np.empty(count, np.int64)
     streams = [np.random.Generator(np.random.Philox(s)) for s in np.random.SeedSequence((seed, split)).spawn(4)]
@@ -147,7 +148,7 @@ def _draw_split(count: int, seed: int, split: int, size: int) -> tuple[NDArray[n
         numbers = _numbers(labels_B, streams[1].random((BATCH, len(TRAITS)), np.float32), streams[2])
         noise_BHW = streams[3].standard_normal((BATCH, size, size), np.float32)
         part = slice(start, min(start + BATCH, count))
-        images_NHW[part] = _photograph(draw_heads(numbers, size * 7 // 4), numbers, noise_BHW)[: part.stop - start]
+        images_NHW[part] = _photograph(draw_heads(numbers, canvas), numbers, noise_BHW)[: part.stop - start]
         labels_N[part] = labels_B[: part.stop - start]
     return images_NHW, labels_N
 
@@ -170,7 +171,7 @@ def _numbers(labels_B: NDArray[np.int64], uniform_BT: Plane, jitter: np.random.G
     n = {name: traits_BT[:, i, None, None] for i, name in enumerate(TRAITS)}
     which_B = np.minimum(n["which"].ravel() * 3, 2).astype(np.int64)
     amounts_BU = _variants()[labels_B, which_B] * n["strength"][:, :, 0]
-    # Each unit varies on its own, and no face is ever fully at rest.
+    # Each unit varies on its own.
     amounts_BU *= 0.8 + 0.35 * jitter.random(amounts_BU.shape, np.float32)
     n |= {name: amounts_BU[:, i, None, None] for i, name in enumerate(UNITS)}
     for name in ("has_hair", "long_hair"):
@@ -194,7 +195,7 @@ def _photograph(canvas_BHW: Plane, n: dict[str, Plane], noise_BHW: Plane) -> NDA
     photo *= n["exposure"] * (1 + n["light_tilt"] * (n["light_x"] * x + n["light_y"] * y))
     # One face in twelve is partly hidden by something that reaches in from the border.
     hidden = n["cover"] > 11 / 12
-    depth = x * np.cos(n["cover_angle"]) + y * np.sin(n["cover_angle"]) - 0.62
+    depth = x * np.cos(n["cover_angle"]) + y * np.sin(n["cover_angle"]) - 0.75
     photo += (n["cover_tone"] - photo) * np.clip(depth * 20, 0, 1) * hidden
     for axis in (1, 2):
         around = np.roll(photo, 1, axis) + np.roll(photo, -1, axis)

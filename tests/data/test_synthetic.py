@@ -1,0 +1,125 @@
+"""The drawn faces: the same everywhere, none blank or twice, and too varied for a linear classifier."""
+
+import hashlib
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fer_dist.data.faces import TEST, TRAIN, VAL, Faces
+from fer_dist.data.sheet import contact_sheet
+from fer_dist.data.synthetic import BATCH, draw_faces
+from fer_dist.spec import EXPRESSIONS
+
+
+@pytest.fixture(scope="module")
+def faces() -> Faces:
+    return draw_faces(6000, 1400, 70, seed=0)
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def digest(faces: Faces) -> str:
+    return hashlib.sha256(faces.images_NHW.tobytes() + faces.labels_N.tobytes()).hexdigest()
+
+
+def test_another_process_draws_the_same_bytes() -> None:
+    code = (
+        "import hashlib; from fer_dist.data.synthetic import draw_faces; f = draw_faces(70, 14, 7, seed=5);"
+        "print(hashlib.sha256(f.images_NHW.tobytes() + f.labels_N.tobytes()).hexdigest())"
+    )
+    elsewhere = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    assert elsewhere.stdout.strip() == digest(draw_faces(70, 14, 7, seed=5))
+
+
+@pytest.mark.parametrize("count", [1, BATCH - 1, BATCH, BATCH + 1, 3 * BATCH + 5])
+def test_more_faces_leave_the_first_ones_alone(faces: Faces, count: int) -> None:
+    few = draw_faces(count, count, 7, seed=0)
+    for split in (TRAIN, VAL):
+        first = faces.part(split)[:count]
+        np.testing.assert_array_equal(few.images_NHW[few.part(split)], faces.images_NHW[first])
+        np.testing.assert_array_equal(few.labels_N[few.part(split)], faces.labels_N[first])
+
+
+def test_shapes_labels_and_splits(faces: Faces) -> None:
+    assert faces.images_NHW.shape == (7470, 48, 48)
+    assert faces.images_NHW.dtype == np.uint8
+    assert faces.labels_N.dtype == faces.usage_N.dtype == np.int64
+    assert len(set(faces.names)) == len(faces)
+    for split, count in ((TRAIN, 6000), (VAL, 1400), (TEST, 70)):
+        members = np.bincount(faces.labels_N[faces.part(split)], minlength=len(EXPRESSIONS))
+        assert members.sum() == count
+        assert members.max() - members.min() <= 1
+    assert not np.array_equal(faces.labels_N[:7], faces.labels_N[7:14])
+
+
+def test_no_blank_picture_and_no_copy_within_or_across_splits(faces: Faces) -> None:
+    flat_NP = faces.images_NHW.reshape(len(faces), -1)
+    assert flat_NP.std(axis=1).min() > 10
+    assert len({row.tobytes() for row in flat_NP}) == len(faces)
+
+
+def test_another_seed_draws_other_faces() -> None:
+    one, other = draw_faces(14, 7, 7, seed=1), draw_faces(14, 7, 7, seed=2)
+    assert not (one.images_NHW == other.images_NHW).all(axis=(1, 2)).any()
+    assert one.key != other.key
+
+
+@pytest.mark.parametrize("size", [32, 47, 96])
+def test_other_sizes_show_the_same_faces(faces: Faces, size: int) -> None:
+    drawn = draw_faces(21, 7, 7, seed=0, size=size).images_NHW
+    assert drawn.shape == (35, size, size)
+    for image, reference in zip(drawn[:21], faces.images_NHW[:21], strict=True):
+        small = F.adaptive_avg_pool2d(torch.tensor(image[None]).float(), 16).flatten()
+        other = F.adaptive_avg_pool2d(torch.tensor(reference[None]).float(), 16).flatten()
+        assert torch.corrcoef(torch.stack([small, other]))[0, 1] > 0.97
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_logistic_regression_on_pixels_learns_but_stays_under_70_percent(faces: Faces) -> None:
+    train, val = faces.part(TRAIN), faces.part(VAL)
+    pixels_NP = torch.from_numpy(faces.images_NHW.reshape(len(faces), -1)).float()
+    labels_N = torch.from_numpy(faces.labels_N)
+    pixels_NP = (pixels_NP - pixels_NP[train].mean(0)) / pixels_NP[train].std(0)
+    train_NP, val_NP = pixels_NP[train], pixels_NP[val]
+    weights_PK = torch.zeros(pixels_NP.shape[1], len(EXPRESSIONS), requires_grad=True)
+    bias_K = torch.zeros(len(EXPRESSIONS), requires_grad=True)
+
+    def fit(decay: float) -> float:
+        """Validation accuracy of the minimum that LBFGS finds from the present weights."""
+        optimizer = torch.optim.LBFGS([weights_PK, bias_K], max_iter=40, line_search_fn="strong_wolfe")
+
+        def loss() -> torch.Tensor:
+            optimizer.zero_grad()
+            value = F.cross_entropy(train_NP @ weights_PK + bias_K, labels_N[train]) + decay * weights_PK.square().sum()
+            value.backward()  # type: ignore[no-untyped-call]
+            return value
+
+        optimizer.step(loss)  # type: ignore[no-untyped-call]
+        guess_N = (val_NP @ weights_PK + bias_K).argmax(1)
+        return float((guess_N == labels_N[val]).float().mean())
+
+    scores = [fit(decay) for decay in (0.1, 0.01)]  # from strong to weak, each from the last one's weights
+    print(f"logistic regression on pixels: {scores}")
+    assert 0.25 < max(scores) < 0.70
+
+
+def test_contact_sheet_has_a_row_per_class(faces: Faces) -> None:
+    sheet = contact_sheet(faces.images_NHW[:200], faces.labels_N[:200], EXPRESSIONS, 1, columns=4, zoom=1)
+    grey = np.asarray(sheet)
+    assert sheet.height == 7 * 50
+    first = faces.images_NHW[np.flatnonzero(faces.labels_N == 3)[0]]
+    margin = sheet.width - 4 * 50
+    np.testing.assert_array_equal(grey[150:198, margin : margin + 48], first)
+    assert (grey[150:198, :margin] < 128).any()  # the caption
+    assert contact_sheet(faces.images_NHW[:0], faces.labels_N[:0], EXPRESSIONS, 1).height == 1
