@@ -64,8 +64,10 @@ def test_a_recipe_by_path(tmp_path: Path) -> None:
         (["--model.options", "{a: 1}", "--model.options.b", "2", "--model.options", "{}"], "model.options", {}),
     ],
 )
-def test_settings(words: list[str], name: str, value: object) -> None:
-    assert parsed(*words) == load_config("demo", {name: value})
+def test_settings(words: list[str], name: str, value: object, tmp_path: Path) -> None:
+    empty = tmp_path / "empty.yaml"
+    empty.touch()
+    assert parsed(*words, "--config", str(empty)) == Config().override({name: value})
 
 
 @pytest.mark.parametrize(
