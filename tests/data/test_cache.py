@@ -142,6 +142,7 @@ DAMAGE = {  # what is then the whole content of a file; None: it is gone
     "other pictures": ("images_NHW.npy", b"x" * (128 + 3 * 48 * 48)),  # of the right size
     "longer labels": ("labels_N.npy", b"x" * 10_000),
     "no names": ("names.txt", None),
+    "cut names": ("names.txt", b"a\nb\nc"),  # as many, so that only the size gives it away
     "empty record": ("meta.json", b""),
     "other record": ("meta.json", b"[1, 2]"),
     "record without notes": ("meta.json", b'{"files": {}}'),
