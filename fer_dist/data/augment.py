@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fer_dist.config import AugmentConfig
 
-STREAMS = ("order", "geometry", "mixing")
+STREAMS = ("order", "geometry", "mixing", "portion")
 
 
 def generator(seed: int, epoch: int, stream: str) -> np.random.Generator:
@@ -62,9 +62,11 @@ def draw(
     """
     u = generator(seed, epoch, "geometry").random((count, 16))
     mixes = mixes and (config.mixup > 0 or config.cutmix > 0)
-    rng = generator(seed, epoch, "mixing")
-    partner_N = rng.choice(partners_M, count) if mixes else np.zeros(count, np.int64)
-    mix_N5 = _mixing(config, rng, count) if mixes else np.zeros((count, 5))
+    partner_N, mix_N5 = np.zeros(count, np.int64), np.zeros((count, 5))
+    if mixes:
+        v = generator(seed, epoch, "mixing").random((count, 4))
+        partner_N = partners_M[(v[:, 0] * len(partners_M)).astype(np.int64)]
+        mix_N5 = _mixing(config, v[:, 1:], generator(seed, epoch, "portion"))
     return Draws(
         affine_N6=_float(_affine(config, u[:, :8])),
         colour_N2=_float(
@@ -130,12 +132,14 @@ def _affine(config: AugmentConfig, u: NDArray[Any]) -> NDArray[Any]:
     angle = math.radians(config.rotation) * (2 * u[:, 1] - 1)
     window = 1 - config.crop * u[:, 2]
     zoom = window / (1 + config.scale * (2 * u[:, 3] - 1))
-    # A crop moves its window inside the picture; a translation moves the picture itself.
-    room = 1 - window
-    shift_x = room * (2 * u[:, 4] - 1) + 2 * config.translation * (2 * u[:, 5] - 1)
-    shift_y = room * (2 * u[:, 6] - 1) + 2 * config.translation * (2 * u[:, 7] - 1)
     cos, sin = zoom * np.cos(angle), zoom * np.sin(angle)
-    return np.stack([mirror * cos, -sin, shift_x, mirror * sin, cos, shift_y], 1)
+    a, b, d, e = mirror * cos, -sin, mirror * sin, cos
+    # A crop moves its window inside the picture; a translation moves what is then seen.
+    room = 1 - window
+    right, down = 2 * config.translation * (2 * u[:, 5] - 1), 2 * config.translation * (2 * u[:, 7] - 1)
+    c = room * (2 * u[:, 4] - 1) - (a * right + b * down)
+    f = room * (2 * u[:, 6] - 1) - (d * right + e * down)
+    return np.stack([a, b, c, d, e, f], 1)
 
 
 def _erasing(config: AugmentConfig, u: NDArray[Any]) -> NDArray[Any]:
@@ -148,14 +152,13 @@ def _erasing(config: AugmentConfig, u: NDArray[Any]) -> NDArray[Any]:
     return np.stack([x0, y0, np.where(erased, x0 + width, -2), y0 + height, 255 * u[:, 5]], 1)
 
 
-def _mixing(config: AugmentConfig, rng: np.random.Generator, count: int) -> NDArray[Any]:
-    u = rng.random((count, 3))
-    share = rng.beta(config.mixup or 1.0, config.mixup or 1.0, count)
-    area = rng.beta(config.cutmix or 1.0, config.cutmix or 1.0, count)
+def _mixing(config: AugmentConfig, u: NDArray[Any], rng: np.random.Generator) -> NDArray[Any]:
     cuts = (config.cutmix > 0) & ((config.mixup == 0) | (u[:, 0] < 0.5))
-    half = np.sqrt(area)  # half the side of the box, of 2
+    alpha = np.where(cuts, config.cutmix, config.mixup)
+    portion = rng.beta(alpha, alpha)  # mixup: of the sample itself; cutmix: the area of the box
+    half = np.sqrt(portion)  # half the side of the box, of 2
     x, y = 2 * u[:, 1] - 1, 2 * u[:, 2] - 1
-    return np.stack([np.where(cuts, 1.0, share), x - half, y - half, np.where(cuts, x + half, -2), y + half], 1)
+    return np.stack([np.where(cuts, 1.0, portion), x - half, y - half, np.where(cuts, x + half, -2), y + half], 1)
 
 
 def _inside(x: Tensor, y: Tensor, x0: Tensor, y0: Tensor, x1: Tensor, y1: Tensor) -> Tensor:

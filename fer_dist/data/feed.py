@@ -1,5 +1,6 @@
 """Who sees which sample when: exact shares for every rank, batches ready on the device."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -121,14 +122,14 @@ class TrainFeed:
         """The batches of one rank from step `start` on."""
         config, batch = self._config, self._config.train.global_batch
         order_M = epoch_order(self._rows_M, seed=config.seed, epoch=epoch)
-        calm = epoch >= config.train.epochs * (1 - config.data.augment.mix_off)
+        calm = math.floor(config.train.epochs * config.data.augment.mix_off + 1e-9)  # 0.7 of 10 are 7
         draws = draw(
             config.data.augment,
             seed=config.seed,
             epoch=epoch,
             count=self._count,
             partners_M=self._rows_M,
-            mixes=not calm,
+            mixes=epoch < config.train.epochs - calm,
         )
         mine = share(batch, rank, size)
         for step in range(start, self.steps):

@@ -73,8 +73,11 @@ class Metrics:
         return float(np.mean(np.array(self.f1)[seen])) if seen.any() else 0.0
 
     def better_than(self, other: "Metrics | None", monitor: str) -> bool:
-        """Whether the monitored score gained; the lower loss, the higher accuracy or macro-F1."""
-        if other is None:
+        """Whether the monitored score gained; the lower loss, the higher accuracy or macro-F1.
+
+        Any score is better than none, and than one that is no number.
+        """
+        if other is None or math.isnan(getattr(other, monitor)):
             return True
         gain: float = getattr(self, monitor) - getattr(other, monitor)
         return gain < 0 if monitor == "loss" else gain > 0
@@ -103,7 +106,7 @@ def wilson(p: float, count: int, z: float = 1.959964) -> tuple[float, float]:
         return 0.0, 1.0
     centre = (p + z * z / (2 * count)) / (1 + z * z / count)
     half = z / (1 + z * z / count) * math.sqrt(p * (1 - p) / count + z * z / (4 * count * count))
-    return centre - half, centre + half
+    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def _ratio(part: NDArray[np.int64], whole: NDArray[np.int64]) -> list[float]:

@@ -9,6 +9,9 @@ from torch import nn
 from fer_dist.config import OptimConfig
 from fer_dist.models.base import FaceModel
 
+UNDECAYED = ("position_embeddings", "pos_embed", "_token", "bias_table")
+"""Last parts of names that take no weight decay, beside all parameters of fewer than two dimensions."""
+
 
 def parameter_groups(model: FaceModel, config: OptimConfig) -> list[dict[str, Any]]:
     """Head and backbone, each with and without weight decay; frozen parameters are in none.
@@ -19,7 +22,7 @@ def parameter_groups(model: FaceModel, config: OptimConfig) -> list[dict[str, An
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            plain = parameter.ndim < 2 or name.rsplit(".", 1)[-1] in ("position_embeddings", "pos_embed", "cls_token")
+            plain = parameter.ndim < 2 or name.endswith(UNDECAYED)
             groups.setdefault((name in model.head_names, not plain), []).append(parameter)
     return [
         {
@@ -67,7 +70,7 @@ class Schedule:
                 done = (1 - math.cos(math.pi * done)) / 2
             return (start + (1 - start) * min(1.0, done)) * self.scale
         if config.schedule in ("cosine", "one_cycle"):
-            done = min(1.0, (step - rise) / max(1.0, self._steps - rise))
+            done = min(1.0, (step - rise) / max(1.0, self._steps - 1 - rise))  # 1 at the last step
             final = config.final_lr_scale
             return final + (1 - final) * (1 + math.cos(math.pi * done)) / 2
         return self.scale

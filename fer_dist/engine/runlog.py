@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from fer_dist.config import RunConfig
+from fer_dist.engine.checkpoint import write_atomically
 from fer_dist.engine.metrics import Metrics
 from fer_dist.errors import UserError
 
@@ -67,7 +68,7 @@ class RunLog:
 
     def __init__(self, config: RunConfig, *, first: bool) -> None:
         self._speaks = first and config.progress != "none"
-        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True, markup=False)
+        self._console = Console(file=sys.stdout, highlight=False, soft_wrap=True, markup=False, emoji=False)
         self._live = self._speaks and config.progress == "auto" and self._console.is_terminal
         self._first = first
         self._tensorboard = config.tensorboard
@@ -83,17 +84,20 @@ class RunLog:
             self._console.print(line)
 
     def open(self, folder: Path, *, keep: int) -> list[dict[str, Any]]:
-        """Begin to write into a run folder; returns the records of its first `keep` epochs."""
+        """Begin to write into a run folder; returns the records of its first `keep` epochs (rank 0 only)."""
         self._folder = folder
+        if not self._first:
+            return []
         path = folder / "metrics.jsonl"
         lines = path.read_text().splitlines()[:keep] if keep and path.exists() else []
-        if self._first:
-            path.write_text("".join(f"{line}\n" for line in lines))
-            if self._tensorboard:
-                from torch.utils.tensorboard.writer import SummaryWriter
+        write_atomically(path, lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
+        records: list[dict[str, Any]] = [json.loads(line) for line in lines]
+        if self._tensorboard:
+            from torch.utils.tensorboard.writer import SummaryWriter
 
-                self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=keep + 1)
-        return [json.loads(line) for line in lines]
+            step = records[-1]["step"] if records else 0
+            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        return records
 
     def epoch_begins(self, epoch: int, epochs: int, steps: int) -> None:
         """Show the progress of an epoch (1-based)."""
@@ -144,9 +148,9 @@ class RunLog:
         return plain
 
     def losses(self, step: int, values: list[float]) -> None:
-        """TensorBoard: the loss of each step of an epoch, the first being step `step`."""
+        """TensorBoard: the loss of each step of an epoch that began after `step` steps."""
         for i, value in enumerate(values if self._events is not None else []):
-            self._events.add_scalar("train/step_loss", value, step + i)
+            self._events.add_scalar("train/step_loss", value, step + i + 1)
 
     def close(self) -> None:
         """Stop the live line and flush the events."""
@@ -163,10 +167,11 @@ class RunLog:
         except OSError as error:
             raise UserError(f"cannot write {self._folder}/metrics.jsonl: {error.strerror}", "free some space") from None
         if self._events is not None:
-            for name in ("lr", "train_loss", "images_per_second"):
-                self._events.add_scalar(f"epoch/{name}", plain[name], plain["epoch"])
+            # All against steps: what a resumed run writes again is told apart by that number alone.
+            for name in ("epoch", "lr", "train_loss", "images_per_second"):
+                self._events.add_scalar(f"epoch/{name}", plain[name], plain["step"])
             for name in ("loss", "accuracy", "macro_f1"):
-                self._events.add_scalar(f"val/{name}", plain["val"][name], plain["epoch"])
+                self._events.add_scalar(f"val/{name}", plain["val"][name], plain["step"])
             for name, value in plain["val"]["recall"].items():
-                self._events.add_scalar(f"recall/{name}", value, plain["epoch"])
+                self._events.add_scalar(f"recall/{name}", value, plain["step"])
             self._events.flush()

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fer_dist.config import Config
+from fer_dist.config import Config, TrainConfig
 from fer_dist.engine.checkpoint import Checkpoint, load
 from fer_dist.engine.metrics import Metrics
 from fer_dist.engine.optim import Ema, Schedule, build_optimizer, parameter_groups
@@ -18,6 +18,9 @@ from fer_dist.engine.runlog import RunLog
 from fer_dist.errors import UserError
 from fer_dist.models.base import FaceModel
 from fer_dist.world import World
+
+SMALL_SHARE = 16
+"""Pictures per rank and step under which batch norm needs those of the other ranks."""
 
 
 @dataclass
@@ -54,12 +57,10 @@ def prepare(config: Config, model: FaceModel, steps: int, world: World, log: Run
     model = model.to(world.device)
     if train.channels_last:
         model = model.to(memory_format=torch.channels_last)
-    share = config.train.global_batch // world.size
-    has_norm = any(isinstance(m, _BatchNorm) and m.weight.requires_grad for m in model.modules())
-    small = train.sync_batchnorm == "auto" and share < 16
-    if has_norm and world.size > 1 and world.device.type == "cuda" and (small or train.sync_batchnorm == "always"):
+    norms = any(isinstance(m, _BatchNorm) and any(p.requires_grad for p in m.parameters()) for m in model.modules())
+    if norms and (reason := why_sync_batchnorm(train, world)):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
-        log.say(f"batch norm: statistics over all ranks, since a rank has {share} pictures per step")
+        log.say(f"batch norm: statistics over all ranks, since {reason}")
     average = copy.deepcopy(model).eval().requires_grad_(False) if train.ema else None
     model.train()
     moving = [
@@ -79,6 +80,19 @@ def prepare(config: Config, model: FaceModel, steps: int, world: World, log: Run
         ema=Ema(model, average, train.ema) if average else None,
         running_stats=moving,
     )
+
+
+def why_sync_batchnorm(train: TrainConfig, world: World) -> str:
+    """Why trained batch norms take their statistics over all ranks; empty: they do not.
+
+    Only on GPUs, where torch has it, and where there is more than one rank.
+    """
+    share = train.global_batch // world.size
+    if world.size == 1 or world.device.type != "cuda" or train.sync_batchnorm == "never":
+        return ""
+    if train.sync_batchnorm == "always":
+        return "train.sync_batchnorm is always"
+    return f"a rank has {share} pictures per step, fewer than {SMALL_SHARE}" if share < SMALL_SHARE else ""
 
 
 def resume_state(state: TrainState) -> dict[str, Any]:

@@ -79,15 +79,16 @@ def fit(config: Config, world: World | None = None, on_epoch: OnEpoch | None = N
     if resumes:
         restore(state, folder / "last.pth", world, log)
     world.only_first(lambda: introduce(folder, config, origin))
-    records = log.open(folder, keep=state.epoch)
+    records = world.from_first(world.together(partial(log.open, folder, keep=state.epoch)))
     log.say(f"run folder {folder}: {describe(config, state, world)}")
     try:
         while state.epoch < config.train.epochs:
             record, gained = run_epoch(config, state, feed, faces, val_M, world, log)
-            records.append(log.epoch_ends(record, labels.names, best=gained, epochs=config.train.epochs))
+            written = partial(log.epoch_ends, record, labels.names, best=gained, epochs=config.train.epochs)
+            records.append(world.together(written))
             world.only_first(partial(leave, folder, config, state, records, origin, gained))
-            patience_ends = 0 < config.train.patience <= state.bad_epochs
-            if world.agree(patience_ends or bool(on_epoch and on_epoch(record))):
+            asked = bool(on_epoch and on_epoch(record))
+            if world.agree(asked or 0 < config.train.patience <= state.bad_epochs):
                 log.say(f"stopped early after epoch {state.epoch}")
                 break
     finally:
@@ -117,12 +118,12 @@ def run_epoch(
         state.step += 1
         if log.due():
             log.step(state.epoch + 1, len(losses), feed.steps, config.train.global_batch, losses[-1].item())
-    losses_T = world.sum_(torch.stack(losses)) / world.size
+    step_losses = (world.sum_(torch.stack(losses)) / world.size).tolist()  # waits for the GPU
     trained = time.monotonic()
     state.epoch += 1
-    log.losses(first_step, losses_T.tolist())
-    state.losses.extend(losses_T.tolist())
-    train_loss = losses_T.mean().item()
+    log.losses(first_step, step_losses)
+    state.losses.extend(step_losses)
+    train_loss = sum(step_losses) / len(step_losses)
     if not math.isfinite(train_loss):
         raise UserError(
             f"the loss is {train_loss} in epoch {state.epoch}", "a lower --optim.lr, or --optim.clip_norm 1"
@@ -152,7 +153,7 @@ def train_step(config: Config, state: TrainState, batch: Batch, world: World) ->
     gradient is that of the mean over the global batch, however it is cut into ranks and
     micro-batches. Dropout is drawn from (seed, step, rank).
     """
-    torch.manual_seed((config.seed * 1_000_003 + state.step) * 65_537 + world.rank)
+    torch.manual_seed(((config.seed * 1_000_003 + state.step) * 65_537 + world.rank) % 2**63)
     half = HALF.get(config.train.precision)
     total = torch.zeros((), device=world.device, dtype=torch.float64)
     pieces = batch.split(config.train.micro_batch or len(batch))
