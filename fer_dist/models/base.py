@@ -37,7 +37,9 @@ class Preprocess(nn.Module):
 
     def forward(self, images_N1SS: Tensor) -> Tensor:
         """uint8 or floating `[N, 1, S, S]` on 0..255 -> `[N, 3, image_size, image_size]`."""
-        x_N1SS = images_N1SS.to(self.scale_C11.dtype)
+        dtype = self.scale_C11.dtype
+        # At least float32: half has too few digits for weights of pixels, and no antialiasing on CPUs.
+        x_N1SS = images_N1SS.to(torch.promote_types(dtype, torch.float32))
         size = images_N1SS.shape[-1]
         if size != self.image_size:
             x_N1SS = F.interpolate(
@@ -47,7 +49,7 @@ class Preprocess(nn.Module):
                 align_corners=False,
                 antialias=size > self.image_size,
             )
-        return x_N1SS * self.scale_C11 + self.shift_C11
+        return x_N1SS.to(dtype) * self.scale_C11 + self.shift_C11
 
 
 class FaceModel(nn.Module):

@@ -1,13 +1,12 @@
 """What `vit` and `vit_mae` share: the options, configuration and weights of a Hugging Face encoder."""
 
-import pickle
+import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedConfig, PreTrainedModel
@@ -150,11 +149,11 @@ def _read_model(kind: type[PreTrainedModel], config: PreTrainedConfig, folder: P
             loaded: Any = kind.from_pretrained(
                 folder, config=config, ignore_mismatched_sizes=True, output_loading_info=True, local_files_only=True
             )
-    except (OSError, SafetensorError, pickle.UnpicklingError, RuntimeError, ValueError, EOFError) as error:
+    except Exception as error:  # a damaged file fails in safetensors or in the unpickler in a dozen ways
         raise UserError(
             f"the weights in {folder} cannot be read ({first_line(error)})",
             "use a whole folder made by save_pretrained, with config.json and model.safetensors",
-        ) from None
+        ) from error
     source, info = loaded
     in_head = ("classifier.", "pooler.", "vit.pooler.", "decoder.")
     missing, unknown = (
@@ -178,11 +177,7 @@ def _read_folder(kind: type[PreTrainedConfig], folder: str) -> dict[str, Any]:
             f"model.weights: {folder} is not a folder with a config.json",
             "--model.weights with a folder made by save_pretrained",
         )
-    try:
-        found, _ = kind.get_config_dict(folder, local_files_only=True)
-        picture, _ = PreTrainedConfig.get_config_dict(folder, _configuration_file="preprocessor_config.json")
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.weights: {folder}: {first_line(error)}", "put the folder right") from None
+    found = _read_json(Path(folder) / "config.json")
     if found.get("model_type") != kind.model_type:
         raise UserError(
             f"model.weights: {folder} holds a {found.get('model_type')!r}, expected {kind.model_type!r}",
@@ -191,7 +186,17 @@ def _read_folder(kind: type[PreTrainedConfig], folder: str) -> dict[str, Any]:
     for name in ("image_size", "patch_size"):
         if isinstance(found.get(name), list):
             found[name] = found[name][0]
-    return found | {name: picture[name] for name in ("image_mean", "image_std") if name in picture}
+    picture = Path(folder) / "preprocessor_config.json"
+    shown = _read_json(picture) if picture.is_file() else {}
+    return found | {name: shown[name] for name in ("image_mean", "image_std") if name in shown}
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"model.weights: {path} is not JSON ({first_line(error)})", "put the folder right") from None
+    return found if isinstance(found, dict) else {}
 
 
 def _require_consistent(image_size: int, options: dict[str, Any]) -> None:

@@ -6,11 +6,11 @@ stem and a block are is what the network's own `group_matcher` says.
 
 import difflib
 from itertools import takewhile
+from pathlib import Path
 from typing import Any
 
 import timm
-from safetensors import SafetensorError
-from torch import nn
+from torch import Tensor, nn
 
 from fer_dist.config import ModelConfig
 from fer_dist.errors import UserError
@@ -72,10 +72,14 @@ def load_pretrained(face_model: FaceModel, model: ModelConfig) -> None:
         path = str(fetch_from_url(card.url))
     else:
         raise unavailable(f"of {spec.arch}", "timm names none")
-    # Read into the network with the original head: timm is strict about names and shapes only then.
-    overlay = {"file": path, "custom_load": path.endswith(".npz")}
+    # Into a network with the original head: timm is strict about names and shapes only then.
     try:
-        source = _create(spec, num_classes=card.num_classes, pretrained=True, pretrained_cfg_overlay=overlay)
+        source = _create(
+            spec,
+            num_classes=card.num_classes,
+            pretrained=True,
+            pretrained_cfg_overlay={"state_dict": _read_weights(path), "custom_load": False},
+        )
     except UserError as error:
         raise UserError(
             f"the weights in {path} do not fit {spec.arch}: {error.problem}",
@@ -88,6 +92,19 @@ def load_pretrained(face_model: FaceModel, model: ModelConfig) -> None:
     load_strictly(network, backbone | own, path)
 
 
+def _read_weights(path: str) -> dict[str, Tensor]:
+    """A file of timm's, `.safetensors` or `.pth` (`weights_only`)."""
+    if not Path(path).is_file():
+        raise UserError("there is no such file", "--model.weights with the path of a file")
+    try:
+        state: dict[str, Tensor] = timm.models.load_state_dict(path)
+    except Exception as error:  # a damaged file fails in safetensors or in the unpickler in a dozen ways
+        raise UserError(f"it cannot be read ({first_line(error)})", "use the whole original file") from error
+    if not state:
+        raise UserError("it is empty", "use the whole original file")
+    return state
+
+
 def _create(spec: ModelSpec, **keywords: Any) -> nn.Module:
     options = {name: value for name, value in spec.options.items() if name != "dropout"}
     if _card(spec.arch).fixed_input_size:
@@ -96,7 +113,7 @@ def _create(spec: ModelSpec, **keywords: Any) -> nn.Module:
         network: nn.Module = timm.create_model(
             spec.arch.removeprefix("timm:"), drop_rate=spec.options["dropout"], **options, **keywords
         )
-    except (TypeError, ValueError, RuntimeError, AssertionError, OSError, KeyError, SafetensorError) as error:
+    except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
         given = ", ".join(f"{name}={value!r}" for name, value in options.items()) or "no options"
         raise UserError(
             f"timm refuses {spec.arch} with {given}: {first_line(error)}",

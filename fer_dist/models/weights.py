@@ -5,7 +5,6 @@ the clients of the hubs would retry for a minute before they gave up.
 """
 
 import http.client
-import pickle
 import re
 import urllib.error
 import urllib.request
@@ -100,11 +99,11 @@ def read_state(path: str | Path) -> dict[str, Tensor]:
         raise UserError(f"model.weights: there is no file {path}", "--model.weights with the path of a .pth file")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a damaged file fails in the unpickler in a dozen ways
         raise UserError(
             f"model.weights: {path} is not a file of tensors that can be read safely ({first_line(error)})",
             "use the original .pth of the weights, whole and saved as a state dict",
-        ) from None
+        ) from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise UserError(f"model.weights: {path} is not a state dict (names and tensors)", "save model.state_dict()")
     return state

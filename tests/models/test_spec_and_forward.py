@@ -1,0 +1,184 @@
+"""What a spec resolves to, what a model computes first, and that a spec is enough to build it again."""
+
+import json
+from typing import Any
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from fer_dist.config import Config
+from fer_dist.errors import UserError
+from fer_dist.models import build, build_spec
+from fer_dist.models.base import Preprocess
+from fer_dist.spec import IMAGENET_MEAN, IMAGENET_STD, InputSpec, LabelSet, ModelSpec
+from tests.models.tiny import ALL, TINY, make_lively, pictures, tiny_config, tiny_model
+
+HALF = (0.5, 0.5, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("arch", "image_size", "mean", "std"),
+    [
+        ("vit", 224, HALF, HALF),
+        ("vit_mae", 224, IMAGENET_MEAN, IMAGENET_STD),
+        ("patt_lite", 96, IMAGENET_MEAN, IMAGENET_STD),
+        ("timm:resnet18", 224, IMAGENET_MEAN, IMAGENET_STD),
+        ("timm:vit_tiny_patch16_224", 224, HALF, HALF),
+        ("timm:mobilenetv3_large_100.miil_in21k", 224, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),
+    ],
+)
+def test_input_of_each_backbone(arch: str, image_size: int, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
+    spec = build_spec(Config().override({"model.arch": arch}).model, 48, LabelSet())
+    assert (spec.input.size, spec.input.image_size, spec.input.mean, spec.input.std) == (48, image_size, mean, std)
+
+
+def test_full_size_networks() -> None:
+    """On the meta device: the shapes without the memory."""
+    counts = {"vit": 85_804_039, "vit_mae": 85_804_039, "patt_lite": 900_199}
+    for arch, count in counts.items():
+        with torch.device("meta"):
+            model = build(build_spec(Config().override({"model.arch": arch}).model, 48, LabelSet()))
+            logits_NK = model.eval()(torch.zeros(2, 1, 48, 48, dtype=torch.uint8))
+        assert logits_NK.shape == (2, 7)
+        assert sum(p.numel() for p in model.parameters()) == count
+    assert model.network.get_submodule("features")(torch.zeros(1, 3, 96, 96, device="meta")).shape == (1, 96, 6, 6)
+
+
+@pytest.mark.parametrize("arch", ALL)
+def test_spec_is_enough_to_build_it_again(arch: str) -> None:
+    model = make_lively(tiny_model(arch, dropout=0.1))
+    plain = json.loads(json.dumps(model.spec.to_dict()))
+    again = build(ModelSpec.from_dict(plain))
+    assert again.spec == model.spec
+    again.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        assert torch.equal(again.eval()(pictures(3)), model(pictures(3)))
+
+
+def test_random_weights_come_from_torchs_generator() -> None:
+    for arch in TINY:
+        first, second = tiny_model(arch).state_dict(), tiny_model(arch).state_dict()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("arch", ALL)
+def test_uint8_and_float_give_the_same_logits(arch: str) -> None:
+    model = make_lively(tiny_model(arch))
+    with torch.no_grad():
+        assert torch.equal(model(pictures(2)), model(pictures(2).float()))
+
+
+@pytest.mark.parametrize("arch", TINY)
+def test_other_precisions(arch: str) -> None:
+    model = make_lively(tiny_model(arch))
+    with torch.no_grad():
+        single_NK = model(pictures(3))
+        double_NK = model.double()(pictures(3))
+        assert double_NK.dtype == torch.float64
+        torch.testing.assert_close(double_NK.float(), single_NK, atol=1e-4, rtol=1e-4)
+        half_NK = model.half()(pictures(3))
+        assert half_NK.dtype == torch.float16
+        torch.testing.assert_close(half_NK.float(), single_NK, atol=0.2, rtol=0.05)
+
+
+@pytest.mark.parametrize(("size", "image_size"), [(48, 96), (48, 48), (96, 48)])
+def test_preprocessing(size: int, image_size: int) -> None:
+    """Against the plain formula: resize, scale to 0..1, repeat, normalise."""
+    spec = InputSpec(size=size, image_size=image_size)
+    x_N1SS = pictures(2, size)
+    pixels_N3HW = Preprocess(spec)(x_N1SS)
+    resized = F.interpolate(
+        x_N1SS.double(), size=(image_size, image_size), mode="bilinear", antialias=size > image_size
+    )
+    mean, std = (torch.tensor(value).double().view(3, 1, 1) for value in (spec.mean, spec.std))
+    expected = (resized / 255 - mean) / std
+    assert pixels_N3HW.dtype == torch.float32
+    assert not Preprocess(spec).state_dict(), "mean and deviation follow from the spec, not from the weights"
+    torch.testing.assert_close(pixels_N3HW.double(), expected, atol=1e-5, rtol=0)
+
+
+def test_dropout_is_before_the_head_of_every_architecture() -> None:
+    for arch in ALL:
+        model = make_lively(tiny_model(arch, dropout=0.5))
+        with torch.no_grad():
+            calm = model(pictures(2))
+            assert torch.equal(calm, model(pictures(2)))
+            for module in model.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.train()
+            model.network.training = True  # timm asks the network itself
+            assert not torch.allclose(calm, model(pictures(2))), arch
+
+
+@pytest.mark.parametrize("arch", ["vit", "vit_mae"])
+def test_attention_implementation_can_be_chosen_afterwards(arch: str) -> None:
+    model = make_lively(tiny_model(arch))
+    inner = model.network.get_submodule("model" if arch == "vit" else "encoder")
+    assert inner.config._attn_implementation == "sdpa"  # type: ignore[union-attr]
+    with torch.no_grad():
+        before = model(pictures(2))
+        model.set_attn_implementation("eager")
+        assert inner.config._attn_implementation == "eager"  # type: ignore[union-attr]
+        torch.testing.assert_close(model(pictures(2)), before, atol=1e-5, rtol=1e-5)
+
+
+def test_vit_knows_the_labels() -> None:
+    config: Any = tiny_model("vit").network.get_submodule("model").config
+    assert config.id2label == dict(enumerate(LabelSet().names))
+    assert config.num_labels == 7
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"model.arch": "vti"}, "did you mean --model.arch vit"),
+        ({"model.arch": "timm:resnet81"}, "did you mean --model.arch timm:resnet18"),
+        ({"model.arch": "timm:resnet18.nothing"}, "no network called 'resnet18.nothing'"),
+        ({"model.arch": "vit", "model.options.hiden_size": 64}, "did you mean 'hidden_size'"),
+        ({"model.arch": "vit_mae", "model.options.dropout": 0.1}, "--model.dropout"),
+        ({"model.arch": "vit", "model.options.hidden_size": "wide"}, "expected int such as 768"),
+        ({"model.arch": "vit", "model.options.hidden_size": 0}, "at least 1"),
+        ({"model.arch": "vit", "model.options.hidden_size": 100}, "not a multiple of num_attention_heads = 12"),
+        ({"model.arch": "vit", "model.options.hidden_act": "gelo"}, "hidden_act is 'gelo'"),
+        ({"model.arch": "vit", "model.options.hidden_dropout_prob": 1.5}, "hidden_dropout_prob is 1.5"),
+        ({"model.arch": "vit", "model.image_size": 100}, "--model.image_size 96"),
+        ({"model.arch": "vit_mae", "model.options.hidden_size": 6, "model.options.num_attention_heads": 2}, "of 4"),
+        ({"model.arch": "patt_lite", "model.options.cut": 18}, "17 blocks"),
+        ({"model.arch": "patt_lite", "model.options.heads": 7}, "not a multiple of heads = 7"),
+        ({"model.arch": "patt_lite", "model.options.attention_dropout": 1.0}, "attention_dropout is 1.0"),
+        ({"model.arch": "patt_lite", "model.options.width_mult": -1.0}, "at least 0"),
+        ({"model.arch": "timm:resnet18", "model.options.num_classes": 3}, "not an option of timm:resnet18"),
+    ],
+)
+def test_wrong_settings(overrides: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        build_spec(Config().override(overrides).model, 48, LabelSet())
+    assert message in str(caught.value)
+
+
+def test_timm_refuses_what_its_constructor_does_not_know() -> None:
+    with pytest.raises(UserError, match="timm refuses timm:resnet18 with depht=3"):
+        tiny_model("timm:resnet18", options={"depht": 3})
+
+
+def test_timm_options_reach_the_constructor() -> None:
+    assert tiny_model("timm:vit_tiny_patch16_224", options={"depth": 3}).depth == 3
+
+
+def test_patt_lite_options() -> None:
+    config = tiny_config("patt_lite", image_size=96, options={"cut": 6, "separable": 2, "patch_stride": 2, "heads": 4})
+    model = build(build_spec(config.model, 48, LabelSet())).eval()
+    assert model.depth == 6
+    network = model.network
+    map_NDHW = network.get_submodule("patches")(network.get_submodule("features")(torch.zeros(1, 3, 96, 96)))
+    assert map_NDHW.shape == (1, 256, 6, 6)  # stride 8 after block 6, then 2
+
+
+@pytest.mark.parametrize("arch", TINY)
+def test_smallest_and_larger_pictures(arch: str) -> None:
+    """The size of the stored pictures is free: the model brings them to its own."""
+    model = tiny_model(arch).eval()
+    with torch.no_grad():
+        for size in (16, 48, 64):
+            assert model(pictures(2, size)).shape == (2, 7)
