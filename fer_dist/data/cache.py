@@ -73,6 +73,8 @@ def _key(data: DataConfig, labels: LabelSet) -> str:
     """A digest of all that decides the content of an entry, found without decoding anything."""
     parts: dict[str, Any] = {"format": FORMAT, "size": data.size, "labels": labels.names}
     if data.path is None:
+        if data.ferplus is not None:
+            raise UserError("data.ferplus needs the FER2013 CSV that it votes on", "--data fer2013.csv")
         parts["drawn"] = [DRAWING_VERSION, data.embedded_seed, data.embedded_train, data.embedded_val]
     else:
         parts["source"] = _content(Path(data.path).expanduser(), f"--data.path takes {FORMS}")

@@ -1,11 +1,11 @@
 """Which pictures train and which judge: a held-out validation part, blanks and copies left out."""
 
-import hashlib
 from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
+from fer_dist.data.copies import exact_groups
 from fer_dist.data.faces import SPLITS, TEST, TRAIN, VAL, Faces
 from fer_dist.errors import UserError
 
@@ -44,12 +44,12 @@ def hold_out_validation(faces: Faces, fraction: float, seed: int) -> Faces:
     train_T = faces.part(TRAIN)
     if not train_T.size or faces.part(VAL).size:
         return faces
-    groups: dict[bytes, list[int]] = {}
-    for index, digest in zip(train_T.tolist(), _digests(faces, train_T), strict=True):
-        groups.setdefault(digest, []).append(index)
+    groups: dict[int, list[int]] = {}
+    for index, group in zip(train_T.tolist(), exact_groups(faces.images_NHW)[train_T].tolist(), strict=True):
+        groups.setdefault(group, []).append(index)
     by_class: dict[int, list[list[int]]] = {}
-    for group in groups.values():  # a group with two labels counts as its first
-        by_class.setdefault(int(faces.labels_N[group[0]]), []).append(group)
+    for copies in groups.values():  # a group with two labels counts as its first
+        by_class.setdefault(int(faces.labels_N[copies[0]]), []).append(copies)
     random = np.random.default_rng(seed)
     usage_N = faces.usage_N.copy()
     for _, candidates in sorted(by_class.items()):
@@ -91,8 +91,8 @@ def training_index(faces: Faces, drop_copies: bool) -> tuple[NDArray[np.int64], 
     kept = index_T[~blank_T]
     if drop_copies:
         others = np.concatenate([faces.part(VAL), faces.part(TEST)])
-        seen = set(_digests(faces, others))
-        copy = np.array([digest in seen for digest in _digests(faces, kept)], dtype=bool)
+        group_N = exact_groups(faces.images_NHW)
+        copy = np.isin(group_N[kept], group_N[others])
         notes += (f"{np.count_nonzero(copy):,} training pictures are copies of evaluation pictures and left out",)
         kept = kept[~copy]
     if not kept.size:
@@ -110,8 +110,3 @@ def _is_blank(faces: Faces, index_N: NDArray[np.int64]) -> NDArray[np.bool_]:
         pixels_ND = faces.images_NHW[index_N[start : start + _CHUNK]].reshape(-1, faces.images_NHW[0].size)
         blank_N[start : start + _CHUNK] = (pixels_ND == pixels_ND[:, :1]).all(axis=1)
     return blank_N
-
-
-def _digests(faces: Faces, index_N: NDArray[np.int64]) -> list[bytes]:
-    images_NHW = np.asarray(faces.images_NHW)  # a memory map makes an object for each picture, slowly
-    return [hashlib.blake2b(images_NHW[i].tobytes(), digest_size=16).digest() for i in index_N.tolist()]

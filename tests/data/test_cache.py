@@ -261,6 +261,8 @@ def test_missing_path_and_votes_are_named(data: DataConfig) -> None:
         cache.open_faces(data.override({"path": "gone.zip"}), LABELS)
     with pytest.raises(UserError, match=r"gone\.csv does not exist[\s\S]*--data\.ferplus"):
         cache.open_faces(data.override({"ferplus": "gone.csv"}), LABELS)
+    with pytest.raises(UserError, match=r"needs the FER2013 CSV"):
+        cache.open_faces(data.override({"path": None, "ferplus": "gone.csv"}), LABELS)
 
 
 def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch) -> None:
