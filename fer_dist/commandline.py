@@ -2,7 +2,9 @@
 
 import dataclasses
 import os
+import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
@@ -11,6 +13,8 @@ from fer_dist.errors import EXIT_USER_ERROR, UserError
 from fer_dist.options import bounds, recipes, walk
 
 ALIASES = {"--data": "--data.path"}
+LAST_WORD_S = 20.0
+"""How long the other ranks wait, at most, for rank 0 to print a UserError and leave."""
 
 
 def parse(argv: Sequence[str], *, prog: str, about: str) -> Config:
@@ -48,13 +52,21 @@ def run(main: Callable[[], None]) -> NoReturn:
         main()
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        elif "TORCHELASTIC_RUN_ID" in os.environ:
+            _let_rank_0_speak()
         code = EXIT_USER_ERROR
     else:
         code = 0
     sys.stdout.flush()
     sys.stderr.flush()
     raise SystemExit(code)
+
+
+def _let_rank_0_speak() -> None:
+    """Wait until torchrun ends this rank, which it does when rank 0 has left; it would end rank 0 the same way."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_USER_ERROR))
+    time.sleep(LAST_WORD_S)
 
 
 def _next_setting(words: list[str]) -> tuple[str, str]:

@@ -69,13 +69,18 @@ def _decide(config: Config) -> tuple[Path, bool]:
     restarted = any(
         int(os.environ.get(name, "0")) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
     )
+
+    def ours(folder: Path) -> bool:  # a restart must not enter a folder that its first start was refused
+        return restarted and bool(launch_key()) and _launch_of(folder) == launch_key()
+
     if config.run.name is None:
-        if restarted and (same := _launched_as(base, launch_key())):
-            return same, True
+        for folder in sorted(base.glob("*"), reverse=True):
+            if ours(folder):
+                return folder, True
         stem = re.sub(r"[^\w.-]+", "-", config.model.arch) + time.strftime("-%Y%m%d-%H%M%S")
         return _make([base / f"{stem}{'' if i == 0 else f'-{i}'}" for i in range(100)]), False
     folder = base / config.run.name
-    if folder.exists() and (restarted or config.run.resume == "auto"):
+    if folder.exists() and (ours(folder) or config.run.resume == "auto"):
         return folder, True
     return _make([folder]), False
 
@@ -97,14 +102,12 @@ def _make(candidates: list[Path]) -> Path:
     )
 
 
-def _launched_as(base: Path, key: str) -> Path | None:
-    for path in sorted(base.glob("*/launch.json"), reverse=True):
-        try:
-            if key and json.loads(path.read_text())["launch"] == key:
-                return path.parent
-        except (OSError, ValueError, KeyError):
-            continue
-    return None
+def _launch_of(folder: Path) -> str:
+    """The key of the launch that made a run folder; empty where it is not known."""
+    try:
+        return str(json.loads((folder / "launch.json").read_text())["launch"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def _commit() -> str:

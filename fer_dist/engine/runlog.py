@@ -84,19 +84,26 @@ class RunLog:
             self._console.print(line)
 
     def open(self, folder: Path, *, keep: int) -> list[dict[str, Any]]:
-        """Begin to write into a run folder; returns the records of its first `keep` epochs (rank 0 only)."""
+        """Begin to write into a run folder; returns the records of its first `keep` epochs (rank 0 only).
+
+        Raises:
+            UserError: it cannot be written, or its metrics.jsonl not be read.
+        """
         self._folder = folder
         if not self._first:
             return []
         path = folder / "metrics.jsonl"
-        lines = path.read_text().splitlines()[:keep] if keep and path.exists() else []
-        write_atomically(path, lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
-        records: list[dict[str, Any]] = [json.loads(line) for line in lines]
-        if self._tensorboard:
-            from torch.utils.tensorboard.writer import SummaryWriter
+        try:
+            lines = path.read_text().splitlines()[:keep] if keep and path.exists() else []
+            records: list[dict[str, Any]] = [json.loads(line) for line in lines]
+            write_atomically(path, lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
+            if self._tensorboard:
+                from torch.utils.tensorboard.writer import SummaryWriter
 
-            step = records[-1]["step"] if records else 0
-            self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+                step = records[-1]["step"] if records else 0
+                self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        except (OSError, ValueError) as error:
+            raise UserError(f"cannot write into {folder}: {error}", "choose another folder with --run.dir") from None
         return records
 
     def epoch_begins(self, epoch: int, epochs: int, steps: int) -> None:

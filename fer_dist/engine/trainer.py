@@ -82,18 +82,18 @@ def fit(config: Config, world: World | None = None, on_epoch: OnEpoch | None = N
     records = world.from_first(world.together(partial(log.open, folder, keep=state.epoch)))
     log.say(f"run folder {folder}: {describe(config, state, world)}")
     try:
-        while state.epoch < config.train.epochs:
+        while goes_on(config, state):
             record, gained = run_epoch(config, state, feed, faces, val_M, world, log)
             written = partial(log.epoch_ends, record, labels.names, best=gained, epochs=config.train.epochs)
             records.append(world.together(written))
             world.only_first(partial(leave, folder, config, state, records, origin, gained))
-            asked = bool(on_epoch and on_epoch(record))
-            if world.agree(asked or 0 < config.train.patience <= state.bad_epochs):
-                log.say(f"stopped early after epoch {state.epoch}")
+            if world.agree(bool(on_epoch and on_epoch(record))):
                 break
     finally:
         log.close()
     assert state.best is not None
+    if state.epoch < config.train.epochs:
+        log.say(f"stopped early after epoch {state.epoch}")
     log.say(f"best validation accuracy {100 * state.best.accuracy:.2f}%: {folder / 'best.pth'}")
     return Result(folder=folder, records=records, best=state.best, losses=state.losses)
 
@@ -124,11 +124,9 @@ def run_epoch(
     log.losses(first_step, step_losses)
     state.losses.extend(step_losses)
     train_loss = sum(step_losses) / len(step_losses)
-    if not math.isfinite(train_loss):
-        raise UserError(
-            f"the loss is {train_loss} in epoch {state.epoch}", "a lower --optim.lr, or --optim.clip_norm 1"
-        )
+    require_finite(train_loss, "training", state.epoch)
     val = world.from_first(evaluate(config, state, faces, val_M, world))
+    require_finite(val.loss, "validation", state.epoch)
     gained = val.better_than(state.best, config.train.monitor)
     state.best = val if gained else state.best
     state.bad_epochs = 0 if gained else state.bad_epochs + 1
@@ -144,6 +142,17 @@ def run_epoch(
         peak_memory=max(world.gather(peak_memory(world.device))),
     )
     return world.from_first(record), gained
+
+
+def goes_on(config: Config, state: TrainState) -> bool:
+    """Whether another epoch is due: some are left, and patience is not at its end."""
+    return state.epoch < config.train.epochs and not 0 < config.train.patience <= state.bad_epochs
+
+
+def require_finite(loss: float, part: str, epoch: int) -> None:
+    """Raises UserError for a loss that is no number."""
+    if not math.isfinite(loss):
+        raise UserError(f"the {part} loss is {loss} in epoch {epoch}", "a lower --optim.lr, or --optim.clip_norm 1")
 
 
 def train_step(config: Config, state: TrainState, batch: Batch, world: World) -> Tensor:
