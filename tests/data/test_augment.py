@@ -1,0 +1,382 @@
+"""Augmentation: a function of (seed, epoch, sample) alone, and each part does what its name says."""
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fer_dist.config import AugmentConfig
+from fer_dist.data.augment import STREAMS, Draws, augment, draw, generator, mix, pixel_grid
+
+COUNT, SIDE = 64, 48
+EVERYTHING = AugmentConfig(
+    flip=0.5,
+    rotation=20,
+    translation=0.1,
+    scale=0.2,
+    crop=0.2,
+    brightness=0.2,
+    contrast=0.3,
+    erase=0.5,
+    mixup=0.4,
+    cutmix=1.0,
+)
+ROWS = torch.arange(COUNT)
+
+
+def noise(count: int = COUNT, side: int = SIDE) -> Tensor:
+    """uint8 `[count, 1, side, side]`, the same at every call."""
+    return torch.randint(0, 256, (count, 1, side, side), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+
+
+def draws_of(config: AugmentConfig, *, seed: int = 0, epoch: int = 0, count: int = COUNT, mixes: bool = True) -> Draws:
+    return draw(config, seed=seed, epoch=epoch, count=count, partners_M=np.arange(count), mixes=mixes)
+
+
+def only(**options: float) -> Draws:
+    return draws_of(AugmentConfig(**options))
+
+
+def shown(images_N1SS: Tensor, draws: Draws) -> Tensor:
+    return augment(images_N1SS, draws, torch.arange(len(images_N1SS)))
+
+
+def mixed(images_N1SS: Tensor, draws: Draws, rows_N: Tensor) -> tuple[Tensor, Tensor]:
+    """What the feed does with a batch."""
+    others_N = draws.partner_N[rows_N]
+    return mix(
+        augment(images_N1SS[rows_N], draws, rows_N), augment(images_N1SS[others_N], draws, others_N), draws, rows_N
+    )
+
+
+def affine(a: float, b: float, c: float, d: float, e: float, f: float) -> Draws:
+    """Draws that sample output (x, y) at (ax + by + c, dx + ey + f), in every sample."""
+    still = draws_of(AugmentConfig())
+    return Draws(**{**still.__dict__, "affine_N6": torch.tensor([[a, b, c, d, e, f]]).expand(COUNT, 6)})
+
+
+def sample_points(draws: Draws) -> Tensor:
+    """Where each output pixel is sampled, in pixels of the input: `[N, S, S, 2]`, x then y."""
+    x, y = pixel_grid(SIDE, torch.device("cpu"))
+    a, b, c, d, e, f = (v.view(-1, 1, 1) for v in draws.affine_N6.double().unbind(1))
+    return ((torch.stack([a * x + b * y + c, d * x + e * y + f], -1) + 1) * SIDE - 1) / 2
+
+
+# -- the same picture in any batch
+
+
+@pytest.fixture
+def threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("side", [48, 47, 17])
+def test_same_bits_in_any_batch_order_and_with_any_threads(side: int, threads: None) -> None:
+    images = noise(side=side)
+    draws = draws_of(EVERYTHING)
+    torch.set_num_threads(1)
+    whole, weights = mixed(images, draws, ROWS)
+    assert (whole - images).abs().mean() > 20, "nothing was varied: the comparison would be blind"
+    orders = {"in order": ROWS, "reversed": ROWS.flip(0), "shuffled": torch.randperm(COUNT)}
+    for count in (1, 2):
+        torch.set_num_threads(count)
+        for name, order in orders.items():
+            for size in (1, 3, 7, 17, 64) if name == "in order" else (5, 64):
+                parts = [mixed(images, draws, rows) for rows in torch.split(order, size)]
+                pictures, shares = torch.cat([p for p, _ in parts]), torch.cat([w for _, w in parts])
+                assert torch.equal(pictures, whole[order]), f"{name}, batches of {size}, {count} threads"
+                assert torch.equal(shares, weights[order])
+
+
+def changes(a: Draws, b: Draws) -> list[str]:
+    """Names of the tables that differ in any row."""
+    return [
+        name
+        for name, table in a.__dict__.items()
+        if torch.is_tensor(table) and not torch.equal(table, getattr(b, name))
+    ]
+
+
+def test_draws_are_a_function_of_seed_and_epoch() -> None:
+    first = draws_of(EVERYTHING, seed=3, epoch=5)
+    assert changes(first, draws_of(EVERYTHING, seed=3, epoch=5)) == []
+    tables = ["affine_N6", "colour_N2", "erase_N5", "partner_N", "mix_N5"]
+    assert changes(first, draws_of(EVERYTHING, seed=3, epoch=6)) == tables
+    assert changes(first, draws_of(EVERYTHING, seed=4, epoch=5)) == tables
+
+
+def test_every_sample_is_varied_in_its_own_way() -> None:
+    draws = draws_of(EVERYTHING, count=1000)
+    for table in (draws.affine_N6, draws.colour_N2, draws.mix_N5):
+        assert len(torch.unique(table, dim=0)) == 1000
+
+
+def test_draws_of_a_sample_do_not_depend_on_the_number_of_samples() -> None:
+    partners_M = np.arange(40)
+    few, many = (
+        draw(EVERYTHING, seed=1, epoch=2, count=count, partners_M=partners_M, mixes=True) for count in (50, 5000)
+    )
+    for name in ("affine_N6", "colour_N2", "erase_N5", "partner_N", "mix_N5"):
+        assert torch.equal(getattr(few, name), getattr(many, name)[:50]), name
+
+
+def test_switching_one_part_leaves_the_numbers_of_the_others() -> None:
+    """So that two runs that differ in one option differ in that option only."""
+    without = draws_of(EVERYTHING.override({"erase": 0.0, "mixup": 0.0, "cutmix": 0.0}))
+    assert changes(draws_of(EVERYTHING), without) == ["erase_N5", "partner_N", "mix_N5"]
+
+
+def test_streams_never_meet() -> None:
+    """No two of (seed, epoch, purpose) share their numbers, up to the largest seed."""
+    seeds = [0, 1, 2, 3, 4, 2**31 - 2, 2**31 - 1]
+    firsts = {generator(s, e, stream).random() for s in seeds for e in range(5) for stream in STREAMS}
+    assert len(firsts) == len(seeds) * 5 * len(STREAMS)
+
+
+def test_neighbouring_seeds_are_independent() -> None:
+    a, b = (draws_of(EVERYTHING, seed=seed, count=4000).affine_N6[:, 2] for seed in (0, 1))
+    assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1].item()) < 0.06  # four standard deviations
+
+
+# -- geometry
+
+
+def test_nothing_set_leaves_pictures_as_they_are() -> None:
+    """Within 1e-3 grey levels: sampling points are float32 and miss pixel centres by up to 3e-6 pixels."""
+    for side in (48, 64, 47):
+        images = noise(side=side)
+        assert (shown(images, only()) - images).abs().max() <= 1e-3
+
+
+def test_output_is_float_on_the_same_shape() -> None:
+    out = shown(noise(5), draws_of(EVERYTHING))
+    assert out.dtype == torch.float32
+    assert out.shape == (5, 1, SIDE, SIDE)
+
+
+def test_flip() -> None:
+    images = noise()
+    assert (shown(images, only(flip=1.0)) - images.flip(-1)).abs().max() <= 1e-3
+    half = draws_of(AugmentConfig(flip=0.3), count=4000).affine_N6[:, 0] < 0
+    assert half.float().mean().item() == pytest.approx(0.3, abs=0.03)
+
+
+@pytest.mark.parametrize("turns", [1, 2, 3])
+def test_rotation_matrix_is_a_rotation(turns: int) -> None:
+    """A quarter turn of the matrix that `draw` writes is a quarter turn of the picture."""
+    angle = turns * math.pi / 2
+    cos, sin = math.cos(angle), math.sin(angle)
+    images = noise()
+    out = shown(images, affine(cos, -sin, 0, sin, cos, 0))
+    assert (out - torch.rot90(images.float(), turns, (-2, -1))).abs().max() <= 2e-3
+
+
+def test_rotation_angles() -> None:
+    table = draws_of(AugmentConfig(rotation=20), count=4000).affine_N6.double()
+    a, b, c, d, e, f = table.unbind(1)
+    assert torch.allclose(torch.hypot(a, d), torch.ones(4000, dtype=torch.float64))  # no scaling
+    assert torch.equal(a, e)
+    assert torch.equal(b, -d)
+    assert c.abs().max() == f.abs().max() == 0
+    degrees = torch.rad2deg(torch.atan2(d, a))
+    assert 19.5 < degrees.max() <= 20 + 1e-4
+    assert -20 - 1e-4 <= degrees.min() < -19.5
+    assert abs(degrees.mean().item()) < 1
+
+
+def test_translation_moves_by_whole_pixels_to_the_right_place() -> None:
+    images = noise()
+    out = shown(images, affine(1, 0, -2 * 5 / SIDE, 0, 1, -2 * 3 / SIDE))  # 5 to the right, 3 down
+    assert (out[..., 3:, 5:] - images[..., :-3, :-5]).abs().max() <= 1e-3
+    # At the border the picture goes on with its last pixels: no black bars.
+    assert (out[..., 3:, :5] - images[..., :-3, :1]).abs().max() <= 1e-3
+    assert (out[..., :3, 5:] - images[..., :1, :-5]).abs().max() <= 1e-3
+
+
+def test_translation_amounts() -> None:
+    table = draws_of(AugmentConfig(translation=0.1), count=4000).affine_N6
+    assert torch.equal(table[:, [0, 1, 3, 4]], torch.tensor([1.0, 0, 0, 1]).expand(4000, 4))
+    for column in (2, 5):
+        shift = table[:, column] / 2  # fraction of the side
+        assert 0.098 < shift.max() <= 0.1 + 1e-6
+        assert -0.1 - 1e-6 <= shift.min() < -0.098
+    assert abs(torch.corrcoef(table[:, [2, 5]].T)[0, 1].item()) < 0.06  # x and y on their own
+
+
+def test_translation_is_never_more_however_the_picture_is_turned_and_scaled() -> None:
+    """The centre of the picture is shown within the shift of the centre, with all else drawn too."""
+    config = AugmentConfig(flip=0.5, rotation=180, scale=0.9, translation=0.1)
+    a, b, c, d, e, f = draws_of(config, count=4000).affine_N6.double().unbind(1)
+    at = torch.linalg.solve(torch.stack([a, b, d, e], 1).view(-1, 2, 2), -torch.stack([c, f], 1))
+    assert 0.098 < (at / 2).abs().max() <= 0.1 + 1e-6
+
+
+def test_scale_bounds_and_direction() -> None:
+    zoom = draws_of(AugmentConfig(scale=0.2), count=4000).affine_N6[:, 0].double()
+    size = 1 / zoom  # of what is shown, over its own
+    assert 1.19 < size.max() <= 1.2 + 1e-6
+    assert 0.8 - 1e-6 <= size.min() < 0.81
+    # A disc of 8 pixels' radius becomes one of 12 when the matrix shrinks sampling to 1 / 1.5.
+    x, y = pixel_grid(SIDE, torch.device("cpu"))
+    disc = (255 * (x**2 + y**2 < (2 * 8 / SIDE) ** 2)).to(torch.uint8).view(1, 1, SIDE, SIDE)
+    out = shown(disc, affine(1 / 1.5, 0, 0, 0, 1 / 1.5, 0))
+    assert (out > 127).sum().item() == pytest.approx(2.25 * (disc > 0).sum().item(), rel=0.05)
+
+
+def test_crop_stays_inside_and_reaches_every_border() -> None:
+    draws = draws_of(AugmentConfig(crop=0.3, flip=0.5), count=2000)
+    window = draws.affine_N6[:, 0].abs()
+    assert 0.7 - 1e-6 <= window.min() < 0.701
+    assert 0.999 < window.max() <= 1
+    assert torch.equal(window, draws.affine_N6[:, 4])  # square
+    points = sample_points(draws)
+    edge = 1e-4
+    # The sampled points keep half of their own distance from the picture's border at -0.5 and 47.5.
+    half = (window / 2).view(-1, 1, 1, 1)
+    assert ((points - half >= -0.5 - edge) & (points + half <= SIDE - 0.5 + edge)).all()
+    for axis in (0, 1):
+        centre = points[..., axis].mean((1, 2)) - (SIDE - 1) / 2
+        assert centre.min() < -0.12 * SIDE
+        assert centre.max() > 0.12 * SIDE
+
+
+def test_crop_shows_a_part_of_the_picture() -> None:
+    """A window of half the side at the upper left: each input pixel is shown twice as large."""
+    ramp = torch.arange(SIDE, dtype=torch.uint8).view(1, 1, 1, SIDE).expand(1, 1, SIDE, SIDE)
+    out = shown(ramp, affine(0.5, 0, -0.5, 0, 0.5, -0.5))
+    expected = torch.arange(SIDE) / 2 - 0.25
+    assert (out[0, 0, :, 1:] - expected[1:]).abs().max() <= 1e-3
+
+
+# -- colour
+
+
+def test_brightness_bounds() -> None:
+    grey = torch.full((COUNT, 1, SIDE, SIDE), 128, dtype=torch.uint8)
+    out = shown(grey, only(brightness=0.2))
+    level = out.mean((1, 2, 3)) - 128
+    assert (out.amax((1, 2, 3)) - out.amin((1, 2, 3))).max() <= 1e-3
+    assert 40 < level.max() <= 51.001
+    assert -51.001 <= level.min() < -40
+
+
+def test_contrast_turns_about_the_mean_of_the_picture() -> None:
+    images = (noise().float() * 0.4 + 80).to(torch.uint8)  # far from black and white
+    out = shown(images, only(contrast=0.3))
+    before, after = images.float().flatten(1), out.flatten(1)
+    assert (after.mean(1) - before.mean(1)).abs().max() < 0.01
+    factor = after.std(1) / before.std(1)
+    assert 1.25 < factor.max() <= 1.3001
+    assert 0.6999 <= factor.min() < 0.75
+
+
+def test_values_stay_on_0_to_255() -> None:
+    images = noise()
+    out = shown(images, only(brightness=1.0, contrast=1.0))
+    assert out.min() == 0
+    assert out.max() == 255
+
+
+# -- erasing
+
+
+def erased(draws: Draws, count: int = COUNT) -> Tensor:
+    """Which pixels a box covers: bool `[N, S, S]`, seen on pictures that differ from any erasing grey."""
+    black, white = (torch.full((count, 1, SIDE, SIDE), level, dtype=torch.uint8) for level in (0, 255))
+    return (shown(black, draws) == shown(white, draws)).squeeze(1)
+
+
+def test_erasing_area_and_probability() -> None:
+    draws = draws_of(AugmentConfig(erase=0.4, erase_area=0.2), count=3000)
+    boxes = erased(draws, 3000)
+    hit = boxes.any(-1).any(-1)
+    assert hit.float().mean().item() == pytest.approx(0.4, abs=0.03)
+    area = boxes[hit].float().mean((1, 2))
+    assert area.max() <= 0.2 * 1.08  # to the border of pixels
+    assert area.max() > 0.19
+    assert area.min() < 0.04
+    # Anywhere, up to the borders, and no side more than another.
+    assert boxes.any(0).float().mean() > 0.99
+    halves = [boxes[:, :24], boxes[:, 24:], boxes[:, :, :24], boxes[:, :, 24:]]
+    covered = [half.float().mean().item() for half in halves]
+    assert covered == pytest.approx([boxes.float().mean().item()] * 4, rel=0.1)
+
+
+def test_erased_boxes_are_rectangles_of_one_grey_level() -> None:
+    images = noise()
+    draws = only(erase=1.0, erase_area=0.3)
+    out = shown(images, draws).squeeze(1)
+    for box, picture in zip(erased(draws), out, strict=True):
+        high, wide = box.any(1).sum().item(), box.any(0).sum().item()
+        assert box.sum().item() == high * wide > 0
+        assert len(set(picture[box].tolist())) == 1
+    greys = draws.erase_N5[:, 4]
+    assert greys.min() < 30
+    assert greys.max() > 225
+
+
+def test_whole_picture_may_be_erased() -> None:
+    draws = only(erase=1.0, erase_area=1.0)
+    assert (draws.erase_N5[:, :4].abs() <= 1 + 1e-6).all()
+
+
+# -- mixing
+
+
+def test_mixup_weights_pictures_and_targets_alike() -> None:
+    draws = only(mixup=0.4)
+    images = noise()
+    out, own_N = mixed(images, draws, ROWS)
+    share = own_N.view(-1, 1, 1, 1)
+    expected = share * images + (1 - share) * images[draws.partner_N]
+    assert (out - expected).abs().max() <= 2e-3
+    assert own_N.min() < 0.1
+    assert own_N.max() > 0.9
+
+
+@pytest.mark.parametrize("option", ["mixup", "cutmix"])
+@pytest.mark.parametrize("alpha", [0.2, 1.0, 8.0])
+def test_portions_follow_the_beta_distribution(option: str, alpha: float) -> None:
+    table = draws_of(AugmentConfig(**{option: alpha}), count=20_000).mix_N5
+    portion = table[:, 0] if option == "mixup" else ((table[:, 3] - table[:, 1]) / 2) ** 2
+    assert portion.mean().item() == pytest.approx(0.5, abs=0.02)
+    assert portion.var().item() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.06)
+
+
+def test_cutmix_area_is_the_target_weight() -> None:
+    """The share of pixels that are the sample's own is exactly the weight of its target."""
+    draws = only(cutmix=1.0)
+    own, partner = (torch.full((COUNT, 1, SIDE, SIDE), level) for level in (0.0, 1.0))
+    out, own_N = mix(own, partner, draws, ROWS)
+    assert set(out.flatten().tolist()) == {0.0, 1.0}
+    assert torch.equal(own_N, 1 - out.double().mean((1, 2, 3)).float())
+    for picture in out.squeeze(1) > 0:
+        assert picture.sum() == picture.any(0).sum() * picture.any(1).sum()  # a rectangle
+    assert own_N.min() < 0.3
+    assert own_N.max() > 0.9
+
+
+def test_mixup_and_cutmix_together_take_turns() -> None:
+    table = draws_of(AugmentConfig(mixup=1.0, cutmix=1.0), count=4000).mix_N5
+    cuts = table[:, 3] > -2
+    assert cuts.float().mean().item() == pytest.approx(0.5, abs=0.03)
+    assert (table[cuts, 0] == 1).all()
+    assert (table[~cuts, 0] < 1).all()
+
+
+def test_partners_are_training_rows_only() -> None:
+    partners_M = np.array([3, 7, 11, 63])
+    draws = draw(EVERYTHING, seed=0, epoch=0, count=COUNT, partners_M=partners_M, mixes=True)
+    assert set(draws.partner_N.tolist()) == set(partners_M.tolist())
+
+
+@pytest.mark.parametrize(("options", "asked"), [({}, True), ({"mixup": 0.4, "cutmix": 1.0}, False)])
+def test_nothing_is_mixed_where_it_is_off(options: dict[str, Any], asked: bool) -> None:
+    assert not draws_of(AugmentConfig(**options), mixes=asked).mixes
+    assert draws_of(AugmentConfig(mixup=0.1), mixes=True).mixes
