@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from fer_dist.engine.checkpoint import write_atomically
 
-INK, MUTED, BLUE, ORANGE = "#1b1f24", "#6a737d", "#1f6feb", "#d9730d"
+INK, BLUE, ORANGE = "#1b1f24", "#1f6feb", "#d9730d"
 
 
 def curves(records: list[dict[str, Any]], path: Path, title: str) -> None:
@@ -22,23 +22,19 @@ def curves(records: list[dict[str, Any]], path: Path, title: str) -> None:
     loss.set_title("loss [nats]")
     _line(accuracy, epochs, [100 * record["val"]["accuracy"] for record in records], "accuracy", BLUE)
     _line(accuracy, epochs, [100 * record["val"]["macro_f1"] for record in records], "macro-F1", ORANGE)
-    accuracy.set_title("validation [%]")
     best = max(records, key=lambda record: record["val"]["accuracy"])
-    accuracy.annotate(
-        f"{100 * best['val']['accuracy']:.1f}% in epoch {best['epoch']}",
-        (best["epoch"], 100 * best["val"]["accuracy"]),
-        xytext=(0, -16),
-        textcoords="offset points",
-        ha="right" if best["epoch"] > epochs[-1] / 2 else "left",
-        color=BLUE,
-    )
-    _line(rate, epochs, [record["lr"] for record in records], "head", BLUE)
-    rate.set_title("learning rate at the end of the epoch")
+    score = 100 * best["val"]["accuracy"]
+    accuracy.plot([best["epoch"]], [score], "o", markersize=9, markerfacecolor="none", markeredgecolor=BLUE)
+    accuracy.set_title(f"validation [%]: best {score:.1f} in epoch {best['epoch']}")
+    _line(rate, epochs, [1000 * record["lr"] for record in records], "head", BLUE)
+    rate.set_title("learning rate at the end [1/1000]")
+    rate.set_ylim(bottom=0)
     for axes in (loss, accuracy, rate):
         axes.set_xlabel("epoch")
+        axes.set_xlim(epochs[0] - 0.5, epochs[-1] + 0.5)
         axes.grid(color="#e1e4e8", linewidth=0.6)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     loss.legend(frameon=False)
     accuracy.legend(frameon=False, loc="lower right")
     figure.suptitle(title, color=INK, x=0.01, ha="left")

@@ -77,10 +77,14 @@ def on_gradient(weight: nn.Parameter, hook: Callable[[torch.Tensor], object]) ->
 
 def test_float16_scales_the_loss_and_hands_the_optimizer_the_true_gradient() -> None:
     seen: dict[str, float] = {}
+
+    def note(gradient: torch.Tensor) -> None:
+        seen[precision] = gradient.norm().item()
+
     for precision in ("float32", "float16"):
         rig = Rig(settings(VIT, train__precision=precision, optim__name="sgd", optim__weight_decay=0, optim__lr=0.1))
         weight = rig.state.model.network.get_parameter("model.classifier.1.weight")
-        handle = on_gradient(weight, lambda gradient, p=precision: seen.update({p: gradient.norm().item()}))
+        handle = on_gradient(weight, note)
         before = weight.detach().clone()
         assert rig.state.scaler.is_enabled() == (precision == "float16")
         rig.step()

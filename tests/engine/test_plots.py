@@ -1,0 +1,112 @@
+"""The pictures of a run folder: whole PNGs at any number of epochs, that show what they are given."""
+
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from fer_dist.engine import plots
+from fer_dist.spec import EXPRESSIONS
+
+
+def records(count: int) -> list[dict[str, Any]]:
+    """A made-up run: accuracy is highest in the epoch before the last."""
+    return [
+        {
+            "epoch": epoch,
+            "lr": 1e-3 / epoch,
+            "train_loss": 2 / epoch,
+            "val": {"loss": 2.2 / epoch, "accuracy": 0.9 if epoch == max(1, count - 1) else 0.5, "macro_f1": 0.4},
+        }
+        for epoch in range(1, count + 1)
+    ]
+
+
+def picture(path: Path) -> Image.Image:
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        image.load()
+        return image.convert("RGB")
+
+
+def values(data: Any) -> list[float]:
+    return [float(value) for value in data]
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
+    """Each figure that is saved."""
+    saved: list[Figure] = []
+    save = Figure.savefig
+
+    def keep(figure: Figure, *arguments: Any, **keywords: Any) -> None:
+        saved.append(figure)
+        save(figure, *arguments, **keywords)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return saved
+
+
+@pytest.mark.parametrize("count", [1, 2, 12, 100])
+def test_curves(count: int, tmp_path: Path, figures: list[Figure]) -> None:
+    path = tmp_path / "curves.png"
+    plots.curves(records(count), path, "a run")
+    shown = picture(path)
+    assert shown.width > 2 * shown.height > 600
+    loss, accuracy, rate = figures[0].axes
+    drawn = {line.get_label(): values(line.get_ydata()) for axes in (loss, accuracy) for line in axes.get_lines()}
+    assert drawn["training"] == pytest.approx([2 / epoch for epoch in range(1, count + 1)])
+    assert drawn["validation"] == pytest.approx([2.2 / epoch for epoch in range(1, count + 1)])
+    assert drawn["accuracy"] == pytest.approx([100 * record["val"]["accuracy"] for record in records(count)])
+    assert drawn["macro-F1"] == pytest.approx([40] * count)
+    assert values(rate.get_lines()[0].get_ydata()) == pytest.approx([1 / epoch for epoch in range(1, count + 1)])
+    assert accuracy.get_title() == f"validation [%]: best 90.0 in epoch {max(1, count - 1)}"
+    assert all(tick == int(tick) for axes in (loss, accuracy, rate) for tick in axes.get_xticks()), "half epochs"
+
+
+def test_curves_of_a_resumed_run_begin_where_the_records_do(tmp_path: Path, figures: list[Figure]) -> None:
+    plots.curves(records(9)[5:], tmp_path / "curves.png", "a run")
+    assert values(figures[0].axes[0].get_lines()[0].get_xdata()) == [6, 7, 8, 9]
+
+
+def test_confusion(tmp_path: Path, figures: list[Figure]) -> None:
+    counts = np.diag(np.arange(100, 800, 100)) + 10
+    counts[5] = 0  # a class that does not occur
+    path = tmp_path / "confusion.png"
+    plots.confusion(counts, EXPRESSIONS, path, "a run: validation")
+    shown = picture(path)
+    assert 1.0 < shown.width / shown.height < 1.3
+    axes = figures[0].axes[0]
+    assert [label.get_text() for label in axes.get_xticklabels()] == list(EXPRESSIONS)
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(EXPRESSIONS)
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted", "true")
+    texts = {(round(t.get_position()[0]), round(t.get_position()[1]), t.get_text()) for t in axes.texts}
+    assert (0, 0, "110") in texts
+    assert (0, 0, f"{100 * 110 / 170:.0f}%") in texts
+    assert (2, 1, "10") in texts, "column 2 of row 1"
+    assert (5, 5, "0%") in texts
+    red, green, blue = shown.getpixel((int(shown.width * 0.6), int(shown.height * 0.1)))  # type: ignore[misc]
+    assert min(red, green, blue) > 200, "an empty cell is light"
+
+
+def test_a_plot_replaces_the_last_one_whole(tmp_path: Path) -> None:
+    path = tmp_path / "curves.png"
+    for count in (1, 2):
+        plots.curves(records(count), path, "a run")
+    picture(path)
+    assert [file.name for file in tmp_path.iterdir()] == ["curves.png"]
+
+
+def test_no_global_state_of_matplotlib(tmp_path: Path) -> None:
+    """A notebook keeps its own figures, and hundreds of epochs leave none behind."""
+    import matplotlib.pyplot as plt
+
+    before = dict(mpl.rcParams)
+    plots.curves(records(3), tmp_path / "curves.png", "a run")
+    plots.confusion(np.eye(3, dtype=np.int64), ("a", "b", "c"), tmp_path / "confusion.png", "a run")
+    assert plt.get_fignums() == []
+    assert dict(mpl.rcParams) == before
