@@ -1,7 +1,9 @@
 """Checkpoints: written whole or not at all, read as tensors and plain values only."""
 
 import os
-import pickle
+import warnings
+import zipfile
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,6 +61,9 @@ def write_atomically(path: Path, write: Any) -> None:
 
     Args:
         write: called with the open binary file.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; the old file is intact.
     """
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -67,11 +72,15 @@ def write_atomically(path: Path, write: Any) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise UserError(
-            f"cannot write {path}: {error.strerror}", "free some space, or choose another folder with --run.dir"
-        ) from None
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink()
+        cause = error.__context__ if isinstance(error, RuntimeError) else error  # torch.save hides a full disk
+        if isinstance(cause, OSError):
+            raise UserError(
+                f"cannot write {path}: {cause.strerror}", "free some space, or choose another folder with --run.dir"
+            ) from None
+        raise
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)
@@ -100,30 +109,40 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
 def load(path: str | Path) -> Checkpoint:
     """Read a checkpoint onto the CPU, without running code from it (`weights_only=True`).
 
+    Its checksums are compared first: torch itself takes a changed byte for what was written.
+
     Raises:
         UserError: missing, damaged, not a checkpoint of ours, or of a newer format.
     """
     path = Path(path)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
+        with path.open("rb") as file, zipfile.ZipFile(file) as archive:
+            if (part := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"the checksum of {part} differs")
+        with warnings.catch_warnings(action="ignore"):
+            content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}", "name a checkpoint, e.g. runs/NAME/best.pth") from None
-    except (RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError) as error:
+    except Exception as error:  # whatever it is that the bytes make zipfile and torch.load stumble over
         raise UserError(
             f"{path} is damaged or not a checkpoint: {str(error).splitlines()[0] if str(error) else 'no content'}",
             "use another checkpoint of the run, e.g. last.pth",
         ) from None
-    if not isinstance(content, dict) or "spec" not in content or "weights" not in content:
-        raise UserError(f"{path} is not a checkpoint of fer_dist", "name a best.pth or last.pth of a run folder")
-    if content.get("format") != FORMAT:
+    foreign = UserError(f"{path} is not a checkpoint of fer_dist", "name a best.pth or last.pth of a run folder")
+    if not isinstance(content, dict) or "format" not in content:
+        raise foreign
+    if content["format"] != FORMAT:
         raise UserError(
-            f"{path} has format {content.get('format')}, this version reads {FORMAT}", "install a newer fer-dist"
+            f"{path} has format {content['format']}, this version reads {FORMAT}", "install a newer fer-dist"
         )
-    return Checkpoint(
-        spec=ModelSpec.from_dict(content["spec"]),
-        weights=content["weights"],
-        config=content["config"],
-        record=content["record"],
-        provenance=content["provenance"],
-        resume=content["resume"],
-    )
+    try:
+        return Checkpoint(
+            spec=ModelSpec.from_dict(content["spec"]),
+            weights=dict(content["weights"]),
+            config=dict(content["config"]),
+            record=dict(content["record"]),
+            provenance=dict(content["provenance"]),
+            resume=dict(content["resume"]),
+        )
+    except (AttributeError, KeyError, TypeError, ValueError):
+        raise foreign from None
