@@ -312,10 +312,14 @@ def test_erased_boxes_are_rectangles_of_one_grey_level() -> None:
     images = noise()
     draws = only(erase=1.0, erase_area=0.3)
     out = shown(images, draws).squeeze(1)
+    ratios = []
     for box, picture in zip(erased(draws), out, strict=True):
         high, wide = box.any(1).sum().item(), box.any(0).sum().item()
+        ratios.append(wide / high)
         assert box.sum().item() == high * wide > 0
         assert len(set(picture[box].tolist())) == 1
+    assert 0.25 < min(ratios) < 0.5
+    assert 2 < max(ratios) < 4
     greys = draws.erase_N5[:, 4]
     assert greys.min() < 30
     assert greys.max() > 225

@@ -27,9 +27,11 @@ def noise_faces(folder: Path | None = None) -> Faces:
         images_NHW = np.load(folder / "images.npy", mmap_mode="r")
     usage_N = np.full(COUNT, VAL, np.int64)
     usage_N[rng.choice(COUNT, TRAINED, replace=False)] = TRAIN
+    labels_N = rng.integers(0, 7, COUNT)
+    labels_N.setflags(write=folder is None)
     return Faces(
         images_NHW=images_NHW,
-        labels_N=rng.integers(0, 7, COUNT),
+        labels_N=labels_N,
         usage_N=usage_N,
         names=[str(i) for i in range(COUNT)],
     )
@@ -195,7 +197,7 @@ def test_mixed_targets_are_those_of_the_two_pictures_in_their_shares() -> None:
 
 @pytest.mark.parametrize(
     ("epochs", "mix_off", "mixed"),
-    [(10, 0.1, 9), (10, 0.7, 3), (10, 0.0, 10), (10, 1.0, 0), (3, 0.1, 3), (12, 0.1, 11), (10, 0.3, 7), (30, 0.1, 27)],
+    [(10, 0.1, 9), (10, 0.7, 3), (10, 0.0, 10), (10, 1.0, 0), (3, 0.1, 3), (12, 0.1, 11), (10, 0.3, 7), (25, 0.28, 18)],
 )
 def test_mixing_rests_in_the_last_epochs(epochs: int, mix_off: float, mixed: int) -> None:
     feed = feed_of(settings(train__epochs=epochs, data__augment__mix_off=mix_off, data__augment__mixup=1.0))

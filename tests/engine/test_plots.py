@@ -76,6 +76,7 @@ def test_curves_of_a_resumed_run_begin_where_the_records_do(tmp_path: Path, figu
 def test_confusion(tmp_path: Path, figures: list[Figure]) -> None:
     counts = np.diag(np.arange(100, 800, 100)) + 10
     counts[5] = 0  # a class that does not occur
+    counts[1, 2] = 33
     path = tmp_path / "confusion.png"
     plots.confusion(counts, EXPRESSIONS, path, "a run: validation")
     shown = picture(path)
@@ -87,7 +88,8 @@ def test_confusion(tmp_path: Path, figures: list[Figure]) -> None:
     texts = {(round(t.get_position()[0]), round(t.get_position()[1]), t.get_text()) for t in axes.texts}
     assert (0, 0, "110") in texts
     assert (0, 0, f"{100 * 110 / 170:.0f}%") in texts
-    assert (2, 1, "10") in texts, "column 2 of row 1"
+    assert (2, 1, "33") in texts, "column 2 of row 1"
+    assert (1, 2, "10") in texts
     assert (5, 5, "0%") in texts
     red, green, blue = shown.getpixel((int(shown.width * 0.6), int(shown.height * 0.1)))  # type: ignore[misc]
     assert min(red, green, blue) > 200, "an empty cell is light"

@@ -432,18 +432,35 @@ def test_flip_tta(flip_tta: bool) -> None:
 # -- the moving average
 
 
+def test_ema_moves_after_each_step_by_its_formula() -> None:
+    """By 0.9 and 9/11 of the way in its warm-up, by 0.3 where the decay of 0.7 is reached (step 7)."""
+    rig = Rig(settings(train__ema=0.7, optim__lr=0.05))
+    expected = rig.weights()
+    for step in range(9):
+        rig.step()
+        decay = min(0.7, (1 + step) / (10 + step))
+        expected = {name: decay * expected[name] + (1 - decay) * value for name, value in rig.weights().items()}
+        for name, value in rig.state.deployed.named_parameters():
+            assert torch.allclose(value, expected[name], atol=1e-5), f"{name} after step {step}"
+            assert not torch.equal(value, rig.weights()[name])
+
+
 def test_ema_is_what_is_evaluated() -> None:
     rig = Rig(settings(train__ema=0.99, optim__lr=0.05))
     for _ in range(4):
         rig.step()
-    live, deployed = dict(rig.state.model.named_parameters()), dict(rig.state.deployed.named_parameters())
-    assert all(not torch.equal(value, live[name]) for name, value in deployed.items())
+    images = torch.from_numpy(rig.faces.images_NHW[rig.faces.part(VAL)]).unsqueeze(1)
+    labels = torch.from_numpy(rig.faces.labels_N[rig.faces.part(VAL)])
     averaged = rig.evaluate().loss
+    losses = []
     assert rig.state.ema is not None
-    assert rig.state.deployed is rig.state.ema.model
+    for model in (rig.state.ema.model, rig.state.model):
+        with torch.inference_mode():
+            losses.append(Metrics.of(model.eval()(images).double().log_softmax(1), labels).loss)
+    assert averaged == pytest.approx(losses[0], rel=1e-9)
+    assert averaged != pytest.approx(losses[1], rel=1e-3)
     rig.state.ema = None
-    assert rig.state.deployed is rig.state.model
-    assert rig.evaluate().loss != averaged
+    assert rig.evaluate().loss == pytest.approx(losses[1], rel=1e-9)
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])

@@ -1,0 +1,66 @@
+"""As a library: `from fer_dist import Config, fit`, in one process, without a launcher."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.ranks import python
+
+SCRIPT = """
+import sys
+from fer_dist import Config, UserError, fit
+
+config = Config().override({
+    "run.progress": "none",
+    "data.embedded_train": 64,
+    "data.embedded_val": 21,
+    "model.arch": "patt_lite",
+    "model.pretrained": False,
+    "model.image_size": 48,
+    "model.options.width_mult": 0.25,
+    "model.options.channels": 32,
+    "train.device": "cpu",
+    "train.global_batch": 32,
+    "train.epochs": 2,
+})
+
+heard = []
+result = fit(config, on_epoch=lambda record: heard.append(record.epoch))
+assert heard == [1, 2]
+assert len(result.losses) == 4
+assert len(result.records) == 2
+assert result.best.count == 21
+assert (result.folder / "best.pth").is_file()
+assert result.folder.parts[0] == "runs"
+
+again = fit(config)  # a notebook runs its cell twice
+assert again.folder != result.folder
+assert again.losses == result.losses
+
+try:
+    fit(config.override({"run.name": again.folder.name}))
+except UserError as error:
+    print("refused:", error.problem)
+
+import torch.distributed
+assert not torch.distributed.is_initialized()
+"""
+
+
+def test_fit_in_one_process(tmp_path: Path) -> None:
+    done = python("-W", "error", "-c", SCRIPT, cwd=tmp_path).ok()
+    assert "a run is never overwritten" in done.out
+    assert done.err == ""
+    assert len(list((tmp_path / "runs").iterdir())) == 2
+
+
+def test_names_come_without_torch() -> None:
+    code = "import fer_dist, sys; fer_dist.Config; fer_dist.UserError; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_an_unknown_name_is_an_attribute_error() -> None:
+    import fer_dist
+
+    assert not hasattr(fer_dist, "fits")
+    assert all(hasattr(fer_dist, name) for name in fer_dist.__all__)
