@@ -690,6 +690,7 @@ def test_every_setting_is_read_by_the_code(tmp_path: Path, monkeypatch: pytest.M
     )
     with monkeypatch.context() as patch:
         patch.setattr(Section, "__getattribute__", note, raising=False)
+        patch.setattr("os.fsync", lambda handle: None)
         (tmp_path / "runs" / "b").mkdir(parents=True)  # so that it matters whether a run goes on
         for values in runs:
             trainer.fit(settings(values))
