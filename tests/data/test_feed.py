@@ -197,7 +197,16 @@ def test_mixed_targets_are_those_of_the_two_pictures_in_their_shares() -> None:
 
 @pytest.mark.parametrize(
     ("epochs", "mix_off", "mixed"),
-    [(10, 0.1, 9), (10, 0.7, 3), (10, 0.0, 10), (10, 1.0, 0), (3, 0.1, 3), (12, 0.1, 11), (10, 0.3, 7), (100, 0.29, 71)],
+    [
+        (10, 0.1, 9),
+        (10, 0.7, 3),
+        (10, 0.0, 10),
+        (10, 1.0, 0),
+        (3, 0.1, 3),
+        (12, 0.1, 11),
+        (10, 0.3, 7),
+        (100, 0.29, 71),
+    ],
 )
 def test_mixing_rests_in_the_last_epochs(epochs: int, mix_off: float, mixed: int) -> None:
     feed = feed_of(settings(train__epochs=epochs, data__augment__mix_off=mix_off, data__augment__mixup=1.0))
