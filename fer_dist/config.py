@@ -127,7 +127,7 @@ class TrainConfig(Section):
     channels_last: bool = option(True, "channels-last memory format of convolutions")
     compile: bool = option(False, "torch.compile the training step")
     sync_batchnorm: Literal["auto", "always", "never"] = option(
-        "auto", "synchronised batch norm, on GPUs; auto: when a rank's share of a step is under 16 pictures"
+        "auto", "synchronised batch norm, on GPUs; auto: when a rank sees fewer than 16 pictures at once"
     )
     ema: float = option(
         0.0,

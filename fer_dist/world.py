@@ -137,8 +137,9 @@ class World:
 
     def sync(self, model: nn.Module, last: bool) -> AbstractContextManager[None]:
         """Context of one micro-batch: gradients are exchanged after the last one only."""
-        if isinstance(model, DistributedDataParallel) and not last:
-            return cast(AbstractContextManager[None], model.no_sync())
+        no_sync = getattr(model, "no_sync", None)  # of DDP, also where torch.compile is around it
+        if no_sync is not None and not last:
+            return cast(AbstractContextManager[None], no_sync())
         return nullcontext()
 
 

@@ -88,11 +88,12 @@ def why_sync_batchnorm(train: TrainConfig, world: World) -> str:
     Only on GPUs, where torch has it, and where there is more than one rank.
     """
     share = train.global_batch // world.size
+    seen = min(share, train.micro_batch or share)
     if world.size == 1 or world.device.type != "cuda" or train.sync_batchnorm == "never":
         return ""
     if train.sync_batchnorm == "always":
         return "train.sync_batchnorm is always"
-    return f"a rank has {share} pictures per step, fewer than {SMALL_SHARE}" if share < SMALL_SHARE else ""
+    return f"a rank sees {seen} pictures at once, fewer than {SMALL_SHARE}" if seen < SMALL_SHARE else ""
 
 
 def resume_state(state: TrainState) -> dict[str, Any]:

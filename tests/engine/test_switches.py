@@ -206,6 +206,11 @@ def test_when_batch_norm_is_synchronised(
     assert bool(why_sync_batchnorm(train, World(size=size, device=torch.device(device)))) == synchronised
 
 
+def test_synchronised_batch_norm_counts_what_the_norm_sees() -> None:
+    train = settings(train__global_batch=64, train__micro_batch=8).train
+    assert "sees 8 pictures" in why_sync_batchnorm(train, World(size=2, device=torch.device("cuda")))
+
+
 @pytest.mark.parametrize(("arch", "freeze_depth", "expected"), [("patt_lite", 0, True), ("vit", 0, False)])
 def test_synchronised_batch_norm_is_made_and_said(
     arch: str, freeze_depth: int, expected: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
