@@ -8,19 +8,26 @@ import ctypes
 import inspect
 import os
 import sys
+import time
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 from fer_dist.errors import UserError
 
 T = TypeVar("T")
+
+PATIENCE = timedelta(minutes=30)
+"""How long a rank waits for the others at the start."""
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Parameters of glibc's mallopt, from its malloc.h."""
@@ -161,16 +168,44 @@ def join(device: str = "auto") -> Iterator[World]:
     if dist.is_initialized():
         yield World(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local_rank, device=on)
     elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        store, rank, size = next(iter(rendezvous("env://", timeout=PATIENCE)))
+        where: dict[str, Any] = {"store": _fresh_store(store, rank, size), "rank": rank, "world_size": size}
         if on.type == "cuda":
-            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=on)
+            dist.init_process_group("cpu:gloo,cuda:nccl", device_id=on, **where)
         else:
-            dist.init_process_group("gloo")
+            dist.init_process_group("gloo", **where)
         try:
             yield World(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local_rank, device=on)
         finally:
             dist.destroy_process_group()
     else:
         yield World(device=on)
+
+
+def _fresh_store(store: Any, rank: int, size: int) -> Any:
+    """A corner of the store that no earlier start of the same run has written to.
+
+    torchrun keeps its store when it restarts the ranks. What the dead ones wrote, their addresses
+    among it, is still there, and a quick rank would connect to them (seen with torch 2.14 and gloo:
+    "Connection refused" in one restart of a few). So rank 0 makes up a name, and tells it to
+    those who say hello with a word of their own until all of them have heard it.
+    """
+    if rank > 0:
+        word = uuid.uuid4().hex
+        store.set(f"fer_dist/hello/{rank}", word)
+        name = store.get(f"fer_dist/answer/{word}").decode()
+        store.add(f"fer_dist/{name}/met", 1)
+        return dist.PrefixStore(f"fer_dist/{name}", store)  # type: ignore[attr-defined]
+    name, answered, begun = uuid.uuid4().hex, set[bytes](), time.monotonic()
+    while (met := store.add(f"fer_dist/{name}/met", 0)) < size - 1:
+        for key in (f"fer_dist/hello/{other}" for other in range(1, size)):
+            if store.check([key]) and (said := store.get(key)) not in answered:
+                store.set(f"fer_dist/answer/{said.decode()}", name)
+                answered.add(said)
+        if time.monotonic() - begun > PATIENCE.total_seconds():
+            raise UserError(f"{met + 1} of {size} ranks have come within {PATIENCE}", "start the others, too")
+        time.sleep(0.01)
+    return dist.PrefixStore(f"fer_dist/{name}", store)  # type: ignore[attr-defined]
 
 
 def _device(wanted: str, local_rank: int) -> torch.device:

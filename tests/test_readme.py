@@ -49,7 +49,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(words: list[str], folder: Path, timeout: float = 240) -> str:
     """Run a command of this environment in a folder; returns what it printed, and checks that it succeeded."""
-    tool = Path(sys.executable).with_name(words[0])
+    tool = Path(sys.executable).parent / words[0]  # an absolute path stays as it is
     words = [str(tool) if tool.exists() else words[0], *words[1:]]
     done = subprocess.run(
         words, cwd=folder, capture_output=True, text=True, timeout=timeout, check=False, env={**os.environ, "CI": "1"}

@@ -1,5 +1,7 @@
 """`World` in one process: how it is joined and left, and what it refuses. Several ranks: engine/test_ranks.py."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -8,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from fer_dist.errors import UserError
-from fer_dist.world import World, join
+from fer_dist.world import World, _fresh_store, join
 
 
 def gpus(count: int, monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
@@ -119,3 +121,21 @@ def test_a_launcher_that_shows_each_rank_its_own_gpu(monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     with join() as world:
         assert world.device == torch.device("cuda", 0)
+
+
+def test_what_dead_ranks_wrote_is_not_read() -> None:
+    """torchrun keeps its store over a restart: a second start of the same ranks sees nothing of the first."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True)  # type: ignore[attr-defined]
+
+    def start(rank: int) -> tuple[bool, str]:
+        client = dist.TCPStore("127.0.0.1", server.port, is_master=False)  # type: ignore[attr-defined]
+        if rank == 1:
+            time.sleep(0.3)  # the quick ranks find the words of the dead one
+        store = _fresh_store(client, rank, 3)
+        stale = bool(store.check([f"address{rank}"]))
+        store.set(f"address{rank}", str(rank))
+        return stale, ",".join(store.get(f"address{other}").decode() for other in range(3))
+
+    with ThreadPoolExecutor(3) as ranks:
+        for _ in range(3):
+            assert list(ranks.map(start, range(3))) == [(False, "0,1,2")] * 3

@@ -97,7 +97,7 @@ def _read_weights(path: str) -> dict[str, Tensor]:
     if not Path(path).is_file():
         raise UserError("there is no such file", "--model.weights with the path of a file")
     try:
-        state: dict[str, Tensor] = timm.models.load_state_dict(path)
+        state: dict[str, Tensor] = timm.models.load_state_dict(path, weights_only=True)
     except Exception as error:  # a damaged file fails in safetensors or in the unpickler in a dozen ways
         raise UserError(f"it cannot be read ({first_line(error)})", "use the whole original file") from error
     if not state:
