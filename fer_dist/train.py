@@ -3,7 +3,6 @@
 Alone: `python -m fer_dist.train`. Without --data it trains on the embedded drawn faces.
 """
 
-import os
 import sys
 
 from fer_dist.commandline import parse, run
@@ -17,11 +16,6 @@ def train() -> None:
     from fer_dist.engine.trainer import fit
 
     fit(config)
-    # Everything is written and closed. Native threads of the libraries abort the interpreter's own end once in
-    # some hundred runs ("terminate called without an active exception"): a finished run would look like a crash.
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)
 
 
 def main() -> None:

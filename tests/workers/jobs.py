@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fer_dist.commandline import leave
 from fer_dist.config import Config
 from fer_dist.data.faces import TRAIN, VAL
 from fer_dist.data.feed import TrainFeed, evaluation_batches
@@ -303,3 +304,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)

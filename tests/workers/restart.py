@@ -8,6 +8,7 @@ import signal
 import sys
 from pathlib import Path
 
+from fer_dist.commandline import leave
 from fer_dist.engine.runlog import EpochRecord
 from fer_dist.engine.trainer import fit
 from fer_dist.world import join
@@ -28,3 +29,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    leave(0)
