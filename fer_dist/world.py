@@ -233,7 +233,7 @@ def _keep_freed_memory() -> None:
     """Let glibc's malloc keep what a step frees, for the next step, instead of giving it back.
 
     Activations are tens of megabytes: by default each is mapped and unmapped anew, 44 thousand
-    page faults a step of patt_lite at 96 px, and 38% more images per second of CPU time without
+    page faults a step of patt_lite at 96 px, and a third more images per second of CPU time without
     them (benchmarks/cpu_malloc.py). Other C libraries have no mallopt, and nothing happens there.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
