@@ -27,7 +27,7 @@ from fer_dist.data.synthetic import DRAWING_VERSION, draw_faces
 from fer_dist.errors import UserError
 from fer_dist.spec import LabelSet
 
-FORMAT = 1
+FORMAT = 2
 """Raised with every change to what the readers make of a source, or to the files of an entry."""
 
 _BUILDING = ".building-"

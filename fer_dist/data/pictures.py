@@ -1,44 +1,34 @@
-"""Pictures in class folders or in a .zip of them: found, checked, decoded.
+"""Pictures in class folders or in a .zip of them: found and checked.
 
-Archives and pictures come from strangers. Nothing is unpacked to disk; what a member claims to
-inflate to is bounded before it is read and held to while it is; the size of a picture is looked
-at before it is decoded; only five common formats are decoded at all.
+Folders and archives come from strangers. Nothing is unpacked to disk; what a member claims to
+inflate to is bounded before it is read and held to while it is; an archive in an archive stays
+closed; a folder that links back to itself is gone through once.
 """
 
-import io
+import errno
 import os
 import re
 import stat
 import struct
-import warnings
 import zipfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
-
+from fer_dist.archives import BadArchive, find_directory, require_apart
+from fer_dist.data.decoding import FORMAT_OF, MAX_PICTURE_BYTES, require_size
 from fer_dist.data.faces import TRAIN
-from fer_dist.data.tables import Encoded, Gathering, resized, split_of_prefix, split_of_word
+from fer_dist.data.gathering import MAX_PICTURES, Encoded, Gathering, split_of_prefix, split_of_word
 from fer_dist.errors import UserError
 from fer_dist.spec import LabelSet
 
-FORMATS = ("JPEG", "PNG", "BMP", "WEBP", "GIF")
-SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".gif")
-
-MAX_PICTURE_BYTES = 16 * 2**20
-"""Largest encoded picture, inflated."""
-MAX_PIXELS = 2**24
-"""Largest picture to be decoded."""
 MAX_TABLE_BYTES = 2**30
 """Largest CSV inside a .zip, inflated (fer2013.csv is 0.3 GB); it is read as a stream."""
 MAX_RATIO, FREE_BYTES = 100, 64 * 2**20
 """A whole .zip may inflate to FREE_BYTES + MAX_RATIO x its own size."""
 
-_MAX_DEPTH = 8  # ends the walk into a folder that links to itself
+_MAX_DEPTH = 8  # of folders in each other
 _FETCH = "fetch or pack the archive again"
 _UNREADABLE = (OSError, EOFError, RuntimeError, ValueError, struct.error, zipfile.BadZipFile, zlib.error)
 
@@ -55,57 +45,76 @@ def walk(root: Path) -> list[Stamp]:
     """All files below a folder, sorted by path; hidden ones and what is no regular file left out.
 
     Raises:
-        UserError: a folder cannot be read.
+        UserError: a folder cannot be read, or there are more than MAX_PICTURES files and folders.
     """
     found: list[Stamp] = []
-    folders = [("", 0)]
+    count = 0
+    folders: list[tuple[str, tuple[tuple[int, int], ...]]] = [("", ())]  # with those above, as the disk knows them
     while folders:
-        prefix, depth = folders.pop()
+        prefix, above = folders.pop()
         try:
+            status = (root / prefix).stat()
+            here = (status.st_dev, status.st_ino)
+            if here in above or len(above) > _MAX_DEPTH:  # a link to a folder that it lies in
+                continue
             with os.scandir(root / prefix) as entries:
                 for entry in entries:
+                    if (count := count + 1) > MAX_PICTURES:
+                        raise UserError(f"{root} holds more than {MAX_PICTURES:,} files", "name a smaller folder")
                     if entry.name.startswith("."):
                         continue
-                    if entry.is_dir():
-                        folders += [(f"{prefix}{entry.name}/", depth + 1)] * (depth < _MAX_DEPTH)
-                        continue
-                    try:
-                        status = entry.stat()
-                    except FileNotFoundError:  # a link to nothing: a bad picture, not a missing one
-                        found.append(Stamp(prefix + entry.name, 0, 0))
-                        continue
-                    if stat.S_ISREG(status.st_mode):
-                        found.append(Stamp(prefix + entry.name, status.st_size, status.st_mtime_ns))
+                    mode, stamp = _looked_at(entry, prefix)
+                    if stat.S_ISDIR(mode):
+                        folders.append((f"{prefix}{entry.name}/", (*above, here)))
+                    elif stat.S_ISREG(mode):
+                        found.append(stamp)
         except OSError as error:
             raise UserError(f"{root / prefix} cannot be read: {error.strerror}", "check its permissions") from None
     return sorted(found)
+
+
+def _looked_at(entry: os.DirEntry[str], prefix: str) -> tuple[int, Stamp]:
+    """The kind of an entry, and its stamp; a link to nothing or to itself is a bad picture, not a missing one."""
+    try:
+        status = entry.stat()
+    except OSError as error:
+        if error.errno not in (errno.ENOENT, errno.ELOOP):
+            raise
+        return stat.S_IFREG, Stamp(prefix + entry.name, 0, 0)
+    return status.st_mode, Stamp(prefix + entry.name, status.st_size, status.st_mtime_ns)
 
 
 def open_zip(path: Path) -> zipfile.ZipFile:
     """A .zip file, open for reading.
 
     Raises:
-        UserError: it is truncated, or no .zip at all.
+        UserError: it is truncated, or no .zip at all, or its directory has more than MAX_PICTURES members.
     """
     try:
+        with path.open("rb") as file:
+            find_directory(file, MAX_PICTURES)  # zipfile would read one of any size
         return zipfile.ZipFile(path)
-    except _UNREADABLE as error:
-        raise UserError(f"{path} is truncated or no .zip file: {error}", _FETCH) from None
+    except (BadArchive, *_UNREADABLE) as error:
+        raise UserError(f"{path} is truncated or no .zip file that can be read: {error}", _FETCH) from None
 
 
 def members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
     """The files of an archive by path, sorted, after every check that needs no reading.
 
     Raises:
-        UserError: a member escapes the archive, is encrypted or packed in a rare way, or the
-            whole inflates beyond bounds.
+        UserError: a member escapes the archive, has no name, is a link, is encrypted or packed in a
+            rare way, two share bytes, or the whole inflates beyond bounds.
     """
     found: dict[str, zipfile.ZipInfo] = {}
     for info in archive.infolist():
         name = info.filename.replace("\\", "/")  # some packers of Windows write backslashes
         where = f"{path}, member {info.orig_filename!r}"
+        if not name:
+            raise UserError(f"{where} has no name", "do not trust this archive; " + _FETCH)
         if name.startswith("/") or re.match("[A-Za-z]:", name) or ".." in name.split("/"):
             raise UserError(f"{where} points outside of the archive", "do not trust this archive; " + _FETCH)
+        if stat.S_ISLNK(info.external_attr >> 16):
+            raise UserError(f"{where} is a link, not a file", "pack what it links to")
         if info.flag_bits & 0x61:  # encrypted, a patch, strongly encrypted
             raise UserError(f"{where} is encrypted", "pack the archive without a password")
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
@@ -113,6 +122,10 @@ def members(archive: zipfile.ZipFile, path: Path) -> dict[str, zipfile.ZipInfo]:
             raise UserError(f"{where} is packed by method {info.compress_type}", "pack it with deflate or stored")
         if not info.is_dir():
             found[name] = info
+    try:
+        require_apart(archive.infolist(), archive.start_dir)
+    except BadArchive as error:
+        raise UserError(f"{path}: {error}", "do not trust this archive; " + _FETCH) from None
     total, bound = sum(info.file_size for info in found.values()), FREE_BYTES + MAX_RATIO * path.stat().st_size
     if total > bound:
         raise UserError(
@@ -128,7 +141,7 @@ def is_hidden(name: str) -> bool:
 
 def is_picture(name: str) -> bool:
     """Whether a path is that of a picture, by its suffix."""
-    return name.lower().endswith(SUFFIXES) and not is_hidden(name)
+    return name.lower().endswith(tuple(FORMAT_OF)) and not is_hidden(name)
 
 
 def folder_pictures(root: Path, files: Sequence[Stamp], into: Gathering) -> Iterator[Encoded]:
@@ -141,8 +154,9 @@ def folder_pictures(root: Path, files: Sequence[Stamp], into: Gathering) -> Iter
     for name, label, usage in _plan(list(sizes), str(root), into):
         path = root / name
         try:
-            _check_size(sizes[name])
-            raw = path.read_bytes()
+            require_size(sizes[name])
+            with path.open("rb") as file:
+                raw = file.read(MAX_PICTURE_BYTES + 1)  # it may have grown
         except UserError as error:
             into.bad(str(path), error.problem)
         except OSError as error:
@@ -162,7 +176,7 @@ def zip_pictures(
     for name, label, usage in _plan(list(infos), str(path), into):
         where = f"{path}, member {name!r}"
         try:
-            _check_size(infos[name].file_size)
+            require_size(infos[name].file_size)
             raw = _inflated(archive, infos[name])
         except UserError as error:
             into.bad(where, error.problem)
@@ -170,50 +184,6 @@ def zip_pictures(
             into.bad(where, f"is damaged: {error}")
         else:
             yield Encoded(name, raw, label, usage)
-
-
-def decode_all(encoded: Iterable[Encoded], prefix: str, into: Gathering) -> None:
-    """Decode pictures one by one; `prefix` and the name of a picture say where it is.
-
-    Raises:
-        UserError: a bad picture with on_error="stop".
-    """
-    with warnings.catch_warnings():  # Pillow warns of odd metadata, which says nothing about pixels
-        warnings.simplefilter("ignore")
-        for name, raw, label, usage in encoded:
-            try:
-                grey_SS = decode(raw, into.size)
-            except UserError as error:
-                into.bad(f"{prefix}{name}", error.problem)
-            else:
-                into.add(grey_SS, label, usage, name)
-
-
-def decode(raw: bytes, size: int) -> NDArray[np.uint8]:
-    """A picture as grey levels, uint8 `[size, size]`; larger and smaller ones are resized.
-
-    Raises:
-        UserError: it is none, too large, or damaged.
-    """
-    _check_size(len(raw))
-    try:
-        with Image.open(io.BytesIO(raw), formats=FORMATS) as picture:
-            if picture.width * picture.height > MAX_PIXELS:  # known from the header, before decoding
-                raise Image.DecompressionBombError(f"{picture.width}x{picture.height} pixels, over {MAX_PIXELS:,}")
-            if picture.mode.startswith("I"):  # 16 bits: Pillow would clip them at 255
-                return resized((np.asarray(picture) // 257).astype(np.uint8), size)
-            if picture.mode in ("P", "PA"):  # a palette may hide transparency, which L cannot express
-                return resized(np.asarray(picture.convert("RGBA").convert("L")), size)
-            return resized(np.asarray(picture.convert("L")), size)
-    except UnidentifiedImageError:
-        raise UserError(f"no picture of the formats {', '.join(FORMATS)}") from None
-    except Exception as error:  # a decoder fed with garbage may raise anything
-        raise UserError(f"does not decode: {error}") from None
-
-
-def _check_size(count: int) -> None:
-    if count > MAX_PICTURE_BYTES:
-        raise UserError(f"{count:,} bytes, more than a picture may have ({MAX_PICTURE_BYTES:,})")
 
 
 def _inflated(archive: zipfile.ZipFile, info: zipfile.ZipInfo) -> bytes:

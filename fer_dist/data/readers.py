@@ -11,10 +11,12 @@ from typing import Literal, TextIO
 import numpy as np
 from numpy.typing import NDArray
 
+from fer_dist.data.decoding import decode_all
 from fer_dist.data.faces import SPLITS, TRAIN, Faces
+from fer_dist.data.gathering import Gathering
+from fer_dist.data.parquet import parquet_pictures
 from fer_dist.data.pictures import (
     MAX_TABLE_BYTES,
-    decode_all,
     folder_pictures,
     is_hidden,
     is_picture,
@@ -23,7 +25,7 @@ from fer_dist.data.pictures import (
     walk,
     zip_pictures,
 )
-from fer_dist.data.tables import Gathering, Votes, parquet_pictures, read_csv, read_votes
+from fer_dist.data.tables import Votes, read_csv, read_votes
 from fer_dist.errors import UserError
 from fer_dist.spec import LabelSet
 
@@ -60,6 +62,8 @@ def read_faces(
         raise UserError(f"{path} does not exist", f"--data.path takes {FORMS}")
     if path.is_dir():
         return _read_folder(path, into, ferplus)
+    if not path.is_file():  # a pipe would be waited for, a device never ends
+        raise UserError(f"{path} is neither a file nor a folder", f"--data.path takes {FORMS}")
     suffix = path.suffix.lower()
     if suffix == ".csv":
         with _text(path) as lines:

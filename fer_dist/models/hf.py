@@ -1,6 +1,5 @@
 """What `vit` and `vit_mae` share: the options, configuration and weights of a Hugging Face encoder."""
 
-import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,10 +15,15 @@ from transformers.utils import logging
 from fer_dist.config import ModelConfig
 from fer_dist.errors import UserError
 from fer_dist.models.base import make_spec, resolve_options
-from fer_dist.models.weights import fetch_from_hub, first_line, require_fit
+from fer_dist.models.folders import read_folder, weight_files
+from fer_dist.models.weights import fetch_from_hub, read_state, require_fit
 from fer_dist.spec import LabelSet, ModelSpec
+from fer_dist.tensors import first_line
 
 IMAGE_SIZE = 224
+
+MAX_PARAMETERS, MAX_LAYERS = 2**31, 1000
+"""Largest encoder to be built: 8 GiB in float32; the largest ViT that people fine-tune has 1.8e9 in 48 layers."""
 
 OPTIONS: dict[str, Any] = {
     "hidden_size": 768,
@@ -36,6 +40,7 @@ OPTIONS: dict[str, Any] = {
 }
 """The fields of `ViTConfig` and `ViTMAEConfig` that shape the encoder, as in ViT-base."""
 
+_SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size", "patch_size")
 _POSITIONS = "embeddings.position_embeddings"
 
 ConfigT = TypeVar("ConfigT", bound=PreTrainedConfig)
@@ -63,7 +68,7 @@ def resolve_encoder(
     """
     own: dict[str, Any] = {"image_size": IMAGE_SIZE, "image_mean": mean, "image_std": std}
     if model.weights is not None:
-        own |= _read_folder(kind, model.weights)
+        own |= read_folder(kind.model_type, model.weights)
     known = resolve_options(model.arch, OPTIONS, {name: own[name] for name in OPTIONS.keys() & own.keys()})
     options = resolve_options(model.arch, known, model.options)
     spec = make_spec(
@@ -80,11 +85,20 @@ def resolve_encoder(
 
 
 def encoder_config(kind: type[ConfigT], spec: ModelSpec, image_size: int | None = None) -> ConfigT:
-    """The Hugging Face configuration of a spec, for its own or for another image size."""
+    """The Hugging Face configuration of a spec, for its own or for another image size.
+
+    Raises:
+        UserError: the spec came with a file, and its sizes are no sizes or would fill the memory.
+    """
+    options = resolve_options(
+        spec.arch, OPTIONS, {name: spec.options[name] for name in OPTIONS.keys() & spec.options.keys()}
+    )
+    image_size = spec.input.image_size if image_size is None else image_size
+    _require_consistent(image_size, options)
     make: Any = kind  # its keywords come from decorators that type checkers do not see through
     config: ConfigT = make(
-        **{name: spec.options[name] for name in OPTIONS},
-        image_size=image_size or spec.input.image_size,
+        **options,
+        image_size=image_size,
         id2label=dict(enumerate(spec.labels.names)),
         label2id={name: index for index, name in enumerate(spec.labels.names)},
         attn_implementation="sdpa",
@@ -115,14 +129,14 @@ def load_encoder(
         UserError: no weights to be had; unreadable; names or shapes of the encoder do not fit.
     """
     if weights is None:
-        folder = fetch_from_hub(repository, ("model.safetensors", "pytorch_model.bin")).parent
+        files = [fetch_from_hub(repository, ("model.safetensors", "pytorch_model.bin"))]
         image_size = IMAGE_SIZE
     else:
-        folder = Path(weights)
+        files = weight_files(Path(weights))
         assert kind.config_class is not None
-        image_size = _read_folder(kind.config_class, weights).get("image_size", IMAGE_SIZE)
+        image_size = read_folder(kind.config_class.model_type, weights).get("image_size", IMAGE_SIZE)
     config = encoder_config(type(encoder.config), spec, image_size)
-    source = _read_model(kind, config, folder)
+    source = _model_of(kind, config, files)
     state = source.base_model.state_dict()
     state[_POSITIONS] = resize_positions(state[_POSITIONS], spec.input.image_size // spec.options["patch_size"])
     encoder.load_state_dict(state)
@@ -143,15 +157,18 @@ def resize_positions(positions_1PD: Tensor, grid: int) -> Tensor:
     return torch.cat((class_11D, map_1DHW.flatten(2).transpose(1, 2)), dim=1)
 
 
-def _read_model(kind: type[PreTrainedModel], config: PreTrainedConfig, folder: Path) -> PreTrainedModel:
+def _model_of(kind: type[PreTrainedModel], config: PreTrainedConfig, files: Sequence[Path]) -> PreTrainedModel:
+    state = {name: value for file in files for name, value in read_state(file).items()}
+    folder = files[0].parent
     try:
         with _quiet():
-            loaded: Any = kind.from_pretrained(
-                folder, config=config, ignore_mismatched_sizes=True, output_loading_info=True, local_files_only=True
-            )
-    except Exception as error:  # a damaged file fails in safetensors or in the unpickler in a dozen ways
+            make: Any = (
+                kind.from_pretrained
+            )  # given a state, it opens no file; with a folder, it finds more than weights
+            loaded = make(None, config=config, state_dict=state, ignore_mismatched_sizes=True, output_loading_info=True)
+    except Exception as error:  # tensors that its renaming was not made for
         raise UserError(
-            f"the weights in {folder} cannot be read ({first_line(error)})",
+            f"the weights in {folder} cannot be used ({first_line(error)})",
             "use a whole folder made by save_pretrained, with config.json and model.safetensors",
         ) from error
     source, info = loaded
@@ -170,40 +187,23 @@ def _read_model(kind: type[PreTrainedModel], config: PreTrainedConfig, folder: P
     return checked
 
 
-def _read_folder(kind: type[PreTrainedConfig], folder: str) -> dict[str, Any]:
-    """What `config.json` and `preprocessor_config.json` of a local folder say, sizes as plain integers."""
-    if not (Path(folder) / "config.json").is_file():
-        raise UserError(
-            f"model.weights: {folder} is not a folder with a config.json",
-            "--model.weights with a folder made by save_pretrained",
-        )
-    found = _read_json(Path(folder) / "config.json")
-    if found.get("model_type") != kind.model_type:
-        raise UserError(
-            f"model.weights: {folder} holds a {found.get('model_type')!r}, expected {kind.model_type!r}",
-            f"--model.arch {found.get('model_type')}, or another folder",
-        )
-    for name in ("image_size", "patch_size"):
-        if isinstance(found.get(name), list):
-            found[name] = found[name][0]
-    picture = Path(folder) / "preprocessor_config.json"
-    shown = _read_json(picture) if picture.is_file() else {}
-    return found | {name: shown[name] for name in ("image_mean", "image_std") if name in shown}
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"model.weights: {path} is not JSON ({first_line(error)})", "put the folder right") from None
-    return found if isinstance(found, dict) else {}
-
-
-def _require_consistent(image_size: int, options: dict[str, Any]) -> None:
+def _require_consistent(image_size: Any, options: dict[str, Any]) -> None:
+    """Before anything is allocated: the numbers may come with a folder or a checkpoint of a stranger."""
     width, heads, patch = options["hidden_size"], options["num_attention_heads"], options["patch_size"]
+    if type(image_size) is not int or image_size < 1:
+        raise UserError(f"the image size is {image_size!r}, expected a number of pixels", "--model.image_size 224")
+    layers, inner = options["num_hidden_layers"], options["intermediate_size"]
+    embeddings = width * (3 * patch**2 + (image_size // patch) ** 2)
+    if layers * 2 * width * (2 * width + inner) + embeddings > MAX_PARAMETERS or layers > MAX_LAYERS:
+        sizes = {name: options[name] for name in _SIZES} | {"image size": image_size}
+        raise UserError(
+            f"an encoder with {', '.join(f'{name} {str(size)[:20]}' for name, size in sizes.items())}"
+            f" has more than {MAX_PARAMETERS:,} parameters or {MAX_LAYERS:,} layers",
+            "use weights of a usual size, or smaller --model.options",
+        )
     if width % heads:
         raise UserError(
-            f"model.options.hidden_size is {width}, not a multiple of num_attention_heads = {heads}",
+            f"model.options.hidden_size is {width}, not a multiple of num_attention_heads = {str(heads)[:20]}",
             "choose a multiple",
         )
     if image_size % patch:

@@ -35,6 +35,9 @@ OPTIONS: dict[str, Any] = {
     "attention_dropout": 0.0,
 }
 
+MOST = {"width_mult": 8.0, "channels": 8192, "separable": 16, "patch_stride": 8}
+"""Bounds of options: the largest network has 1.5e9 parameters."""
+
 
 class PattLite(nn.Module):
     """Pixels `[N, 3, H, W]` -> logits `[N, K]`."""
@@ -66,22 +69,18 @@ def resolve(model: ModelConfig, size: int, labels: LabelSet) -> ModelSpec:
     Raises:
         UserError: an option is unknown or out of bounds.
     """
-    options = resolve_options("patt_lite", OPTIONS, model.options)
-    if options["cut"] > 17:
-        raise UserError(f"model.options.cut is {options['cut']}, but MobileNetV2 has 17 blocks", "use 1..17")
-    if options["channels"] % options["heads"]:
-        raise UserError(
-            f"model.options.channels is {options['channels']}, not a multiple of heads = {options['heads']}",
-            "choose a multiple",
-        )
-    if options["attention_dropout"] >= 1:
-        raise UserError(f"model.options.attention_dropout is {options['attention_dropout']}", "use 0..0.95")
+    options = _checked(model.options)
     return make_spec(model, size, labels, image_size=IMAGE_SIZE, mean=IMAGENET_MEAN, std=IMAGENET_STD, options=options)
 
 
 def build(spec: ModelSpec) -> FaceModel:
-    """The network with random weights, from torch's generator. Block i is MobileNetV2's `features[i]`."""
-    network = PattLite(len(spec.labels), spec.options["dropout"], spec.options)
+    """The network with random weights, from torch's generator. Block i is MobileNetV2's `features[i]`.
+
+    Raises:
+        UserError: the spec came with a file, and its options are out of bounds.
+    """
+    options = _checked({name: value for name, value in spec.options.items() if name != "dropout"})
+    network = PattLite(len(spec.labels), spec.options["dropout"], options)
     stages: list[list[str]] = [[] for _ in network.features]
     head_names = []
     for name, _ in network.named_parameters():
@@ -111,6 +110,23 @@ def load_pretrained(face_model: FaceModel, model: ModelConfig) -> None:
         if name.startswith(tuple(kept))
     }
     load_strictly(network.features, state, path)
+
+
+def _checked(given: dict[str, Any]) -> dict[str, Any]:
+    options = resolve_options("patt_lite", OPTIONS, given)
+    if options["cut"] > 17:
+        raise UserError(f"model.options.cut is {options['cut']}, but MobileNetV2 has 17 blocks", "use 1..17")
+    for name, most in MOST.items():  # before anything is allocated
+        if options[name] > most:
+            raise UserError(f"model.options.{name} is {options[name]}, expected at most {most}", "choose less")
+    if options["channels"] % options["heads"]:
+        raise UserError(
+            f"model.options.channels is {options['channels']}, not a multiple of heads = {options['heads']}",
+            "choose a multiple",
+        )
+    if options["attention_dropout"] >= 1:
+        raise UserError(f"model.options.attention_dropout is {options['attention_dropout']}", "use 0..0.95")
+    return options
 
 
 def _patch_extraction(channels_in: int, channels: int, options: dict[str, Any]) -> nn.Sequential:

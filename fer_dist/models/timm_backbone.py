@@ -5,20 +5,22 @@ stem and a block are is what the network's own `group_matcher` says.
 """
 
 import difflib
+from collections.abc import Iterable
 from itertools import takewhile
-from pathlib import Path
 from typing import Any
 
 import timm
-from torch import Tensor, nn
+from torch import nn
 
 from fer_dist.config import ModelConfig
 from fer_dist.errors import UserError
 from fer_dist.models.base import FaceModel, make_spec
-from fer_dist.models.weights import fetch_from_hub, fetch_from_url, first_line, load_strictly, unavailable
+from fer_dist.models.weights import fetch_from_hub, fetch_from_url, load_strictly, read_state, unavailable
 from fer_dist.spec import LabelSet, ModelSpec
+from fer_dist.tensors import first_line
 
-_RESERVED = ("pretrained", "num_classes", "in_chans", "drop_rate", "img_size", "dropout")
+_RESERVED = ("num_classes", "in_chans", "drop_rate", "img_size", "dropout")
+_LOADING = ("pretrained", "checkpoint_path", "cache_dir")  # begin the names of what makes timm load files itself
 
 
 def resolve(model: ModelConfig, size: int, labels: LabelSet) -> ModelSpec:
@@ -28,12 +30,7 @@ def resolve(model: ModelConfig, size: int, labels: LabelSet) -> ModelSpec:
         UserError: timm has no such network (the nearest is shown); an option that has its own setting.
     """
     card = _card(model.arch)
-    for name in _RESERVED:
-        if name in model.options:
-            raise UserError(
-                f"model.options.{name} is not an option of {model.arch}",
-                "it follows from model.pretrained, model.dropout, model.image_size and the labels",
-            )
+    _require_allowed(model.arch, model.options)
     return make_spec(
         model, size, labels, image_size=card.input_size[-1], mean=card.mean, std=card.std, options=model.options
     )
@@ -72,13 +69,14 @@ def load_pretrained(face_model: FaceModel, model: ModelConfig) -> None:
         path = str(fetch_from_url(card.url))
     else:
         raise unavailable(f"of {spec.arch}", "timm names none")
+    state = read_state(path)
     # Into a network with the original head: timm is strict about names and shapes only then.
     try:
         source = _create(
             spec,
             num_classes=card.num_classes,
             pretrained=True,
-            pretrained_cfg_overlay={"state_dict": _read_weights(path), "custom_load": False},
+            pretrained_cfg_overlay={"state_dict": state, "custom_load": False},
         )
     except UserError as error:
         raise UserError(
@@ -92,34 +90,31 @@ def load_pretrained(face_model: FaceModel, model: ModelConfig) -> None:
     load_strictly(network, backbone | own, path)
 
 
-def _read_weights(path: str) -> dict[str, Tensor]:
-    """A file of timm's, `.safetensors` or `.pth` (`weights_only`)."""
-    if not Path(path).is_file():
-        raise UserError("there is no such file", "--model.weights with the path of a file")
-    try:
-        state: dict[str, Tensor] = timm.models.load_state_dict(path, weights_only=True)
-    except Exception as error:  # a damaged file fails in safetensors or in the unpickler in a dozen ways
-        raise UserError(f"it cannot be read ({first_line(error)})", "use the whole original file") from error
-    if not state:
-        raise UserError("it is empty", "use the whole original file")
-    return state
-
-
 def _create(spec: ModelSpec, **keywords: Any) -> nn.Module:
     options = {name: value for name, value in spec.options.items() if name != "dropout"}
+    _require_allowed(spec.arch, options)  # they may come from a checkpoint
     if _card(spec.arch).fixed_input_size:
         options["img_size"] = spec.input.image_size
     try:
         network: nn.Module = timm.create_model(
             spec.arch.removeprefix("timm:"), drop_rate=spec.options["dropout"], **options, **keywords
         )
-    except (TypeError, ValueError, RuntimeError, AssertionError, KeyError) as error:
+    except Exception as error:  # whatever a constructor makes of options that it was not written for
         given = ", ".join(f"{name}={value!r}" for name, value in options.items()) or "no options"
         raise UserError(
             f"timm refuses {spec.arch} with {given}: {first_line(error)}",
             "put model.options or model.image_size right",
         ) from None
     return network
+
+
+def _require_allowed(arch: str, options: Iterable[str]) -> None:
+    for name in options:
+        if name in _RESERVED or name.startswith(_LOADING):
+            raise UserError(
+                f"model.options.{name} is not an option of {arch}",
+                "it follows from model.pretrained, model.weights, model.dropout, model.image_size and the labels",
+            )
 
 
 def _head_names(arch: str, network: nn.Module) -> set[str]:

@@ -10,15 +10,20 @@ import urllib.error
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import torch
 from torch import Tensor, nn
 
 from fer_dist.errors import UserError
+from fer_dist.tensors import NotTensors, first_line, read_tensors
 
 PROBE_SECONDS = 5.0
 """How long a hub may take to answer before it counts as out of reach."""
+
+_WRAPPINGS = ("state_dict_ema", "model_ema", "state_dict", "model")
+_PREFIX = re.compile(r"^(_orig_mod\.)?(module\.)?(_orig_mod\.)?")
 
 
 def unavailable(what: str, reason: str) -> UserError:
@@ -89,24 +94,37 @@ def fetch_from_hub(repository: str, filenames: Sequence[str]) -> Path:
 
 
 def read_state(path: str | Path) -> dict[str, Tensor]:
-    """A state dict from a `.pth` file, read with `weights_only=True`.
+    """A state dict from a file of torch.save or safetensors, without the wrappings of training scripts.
+
+    Taken off are dictionaries around it (`state_dict_ema`, `model_ema`, `state_dict`, `model`: the first
+    that is there, as in timm), and `module.` and `_orig_mod.` in front of names.
 
     Raises:
-        UserError: no such file, unreadable, refused as unsafe, or not a dictionary of tensors.
+        UserError: no such file, unreadable, refused as unsafe, or not a dictionary of names and tensors.
     """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"model.weights: there is no file {path}", "--model.weights with the path of a .pth file")
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file fails in the unpickler in a dozen ways
+        state = read_tensors(path)
+    except OSError as error:
+        raise UserError(f"model.weights: {path} cannot be read: {error.strerror}", "check its permissions") from None
+    except NotTensors as error:
         raise UserError(
-            f"model.weights: {path} is not a file of tensors that can be read safely ({first_line(error)})",
-            "use the original .pth of the weights, whole and saved as a state dict",
-        ) from error
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+            f"model.weights: {path} is not a file of tensors that can be read safely: {error}",
+            "use the original file of the weights, whole and saved as a state dict",
+        ) from None
+    wrapping = next(
+        (name for name in _WRAPPINGS if isinstance(state, dict) and isinstance(state.get(name), dict)), None
+    )
+    state = state if wrapping is None else state[wrapping]
+    if not state or not isinstance(state, dict) or not all(map(_is_entry, state.items())):
         raise UserError(f"model.weights: {path} is not a state dict (names and tensors)", "save model.state_dict()")
-    return state
+    return {_PREFIX.sub("", name): value for name, value in state.items()}
+
+
+def _is_entry(item: tuple[Any, Any]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], Tensor)
 
 
 def load_strictly(module: nn.Module, state: Mapping[str, Tensor], source: str | Path) -> None:
@@ -143,8 +161,3 @@ def require_fit(source: str | Path, missing: Sequence[str], unknown: Sequence[st
             f"the weights in {source} do not fit this network: {'; '.join(found)}",
             "use weights of the same architecture and options, or --model.pretrained false",
         )
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of a library says, short enough to quote."""
-    return (str(error).splitlines() or [type(error).__name__])[0][:200]

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from pyarrow import parquet
 
+from fer_dist.data.decoding import decode
 from fer_dist.data.faces import TEST, TRAIN, VAL, Faces
-from fer_dist.data.pictures import decode
 from fer_dist.data.readers import read_faces
 from fer_dist.data.split import hold_out_validation, require_part, training_index
 from fer_dist.errors import UserError

@@ -1,18 +1,21 @@
 """Weights of torchvision and timm: the file is what the model computes with; what does not fit is an error."""
 
+import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torchvision.models import mobilenet_v2
 
 from fer_dist.config import Config
 from fer_dist.errors import UserError
-from fer_dist.models import FaceModel, build_model
+from fer_dist.models import FaceModel, build, build_model
 from fer_dist.spec import LabelSet
 from tests.models.tiny import pictures
 
@@ -108,6 +111,57 @@ def test_timm_resizes_position_embeddings(tmp_path: Path) -> None:
     assert model.get_parameter("network.pos_embed").shape == (1, 17, 192)
 
 
+def wrapped(state: dict[str, Tensor], how: str) -> dict[str, Any]:
+    """As training scripts save it: with more around it, and names as their wrappers call them."""
+    other = {name: torch.zeros_like(value) for name, value in state.items()}
+    match how:
+        case "timm":
+            return {"epoch": 3, "arch": "x", "state_dict": state, "metric": 0.5}
+        case "timm with EMA":
+            return {"state_dict": other, "state_dict_ema": state, "optimizer": {"state": {}, "param_groups": []}}
+        case "EMA of others":
+            return {"model": other, "model_ema": state}
+        case "model":
+            return {"model": state, "optimizer": None}
+        case "DDP":
+            return {f"module.{name}": value for name, value in state.items()}
+        case _:
+            return {"state_dict": {f"_orig_mod.module.{name}": value for name, value in state.items()}}
+
+
+@pytest.mark.parametrize("how", ["timm", "timm with EMA", "EMA of others", "model", "DDP", "compiled DDP"])
+def test_checkpoints_of_training_scripts(how: str, tmp_path: Path) -> None:
+    torch.manual_seed(7)
+    source = timm.create_model("mobilenetv3_small_050").state_dict()
+    torch.save(wrapped(source, how), tmp_path / "source.pth")
+    model = load("timm:mobilenetv3_small_050", tmp_path / "source.pth", image_size=64)
+    assert torch.equal(model.get_parameter("network.conv_stem.weight"), source["conv_stem.weight"])
+    state = mobilenet_state()
+    torch.save(wrapped(state, how), tmp_path / "mobilenet.pth")
+    model = load("patt_lite", tmp_path / "mobilenet.pth")
+    assert torch.equal(model.get_parameter("network.features.0.0.weight"), state["features.0.0.weight"])
+
+
+def test_weights_of_safetensors(tmp_path: Path) -> None:
+    """For each architecture, and under any name."""
+    state = mobilenet_state()
+    save_file(state, tmp_path / "mobilenet.pth")
+    model = load("patt_lite", tmp_path / "mobilenet.pth")
+    assert torch.equal(model.get_parameter("network.features.0.0.weight"), state["features.0.0.weight"])
+    source = timm.create_model("mobilenetv3_small_050").state_dict()
+    save_file(source, tmp_path / "source.safetensors")
+    model = load("timm:mobilenetv3_small_050", tmp_path / "source.safetensors", image_size=64)
+    assert torch.equal(model.get_parameter("network.conv_stem.weight"), source["conv_stem.weight"])
+
+
+def test_settings_of_a_training_script_are_refused(tmp_path: Path) -> None:
+    """timm itself lets an argparse.Namespace pass; it is not needed, and its attributes may be anything."""
+    state = timm.create_model("mobilenetv3_small_050").state_dict()
+    torch.save({"state_dict": state, "args": argparse.Namespace(lr=0.1)}, tmp_path / "source.pth")
+    with pytest.raises(UserError, match=r"it names argparse\.Namespace"):
+        load("timm:mobilenetv3_small_050", tmp_path / "source.pth")
+
+
 @pytest.mark.parametrize("content", [b"junk", {}, "resnet18", None])
 def test_wrong_files_for_timm(content: Any, tmp_path: Path) -> None:
     path = tmp_path / "source.pth"
@@ -119,3 +173,16 @@ def test_wrong_files_for_timm(content: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         load("timm:convnext_atto", path)
     assert str(path) in caught.value.problem
+
+
+@pytest.mark.parametrize(
+    "name", ["pretrained", "checkpoint_path", "pretrained_cfg_overlay", "pretrained_cfg", "cache_dir"]
+)
+def test_timm_loads_no_file_by_an_option(name: str, tmp_path: Path) -> None:
+    """Neither by a setting nor by the spec of a stranger's checkpoint."""
+    value = {"file": str(tmp_path / "x.pth"), "url": "http://127.0.0.1:9/x"} if name.endswith("overlay") else "x.pth"
+    with pytest.raises(UserError, match=rf"model\.options\.{name} is not an option"):
+        load("timm:resnet18", None, pretrained=False, options={name: value})
+    spec = load("timm:resnet18", None, pretrained=False, image_size=64).spec
+    with pytest.raises(UserError, match=rf"model\.options\.{name} is not an option"):
+        build(replace(spec, options={**spec.options, name: value}))

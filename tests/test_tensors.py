@@ -1,0 +1,270 @@
+"""The reader of tensors: what torch.save and safetensors write comes back, and nothing else reads such files."""
+
+import ast
+import os
+import zipfile
+from collections import OrderedDict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from fer_dist.tensors import NotTensors, read_tensors
+from tests.conftest import ROOT
+from tests.test_import_order import named
+
+DTYPES = [
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128, torch.bool),
+    *(torch.int8, torch.int16, torch.int32, torch.int64, torch.uint8),
+]
+NEW_DTYPES = [torch.uint16, torch.uint32, torch.uint64, torch.float8_e4m3fn, torch.float8_e5m2, torch.float8_e8m0fnu]
+
+
+def back(content: Any, path: Path, legacy: bool = False) -> Any:
+    """Saved and read again."""
+    torch.save(content, path, _use_new_zipfile_serialization=not legacy)
+    return read_tensors(path)
+
+
+def same(one: Any, other: Any) -> bool:
+    """Whether two values are alike in types, numbers and the layout of their tensors."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor):
+        alike = one.dtype == other.dtype and one.shape == other.shape and one.stride() == other.stride()
+        return alike and one.device == other.device and torch.equal(one, other)
+    if isinstance(one, dict):
+        return list(one) == list(other) and all(same(value, other[key]) for key, value in one.items())
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return bool(one == other)
+
+
+@pytest.mark.parametrize("dtype", [*DTYPES, *NEW_DTYPES], ids=str)
+@pytest.mark.parametrize("legacy", [False, True])
+def test_every_type_of_numbers(tmp_path: Path, dtype: torch.dtype, legacy: bool) -> None:
+    made: dict[str, Any] = {"x": torch.tensor([[0, 1, 2], [3, 1, 0]]).to(dtype), "dtype": dtype}
+    if legacy and dtype in NEW_DTYPES:
+        torch.save(made, tmp_path / "x.pth", _use_new_zipfile_serialization=False)
+        with pytest.raises(AttributeError):
+            torch.load(tmp_path / "x.pth")  # torch cannot, either
+        return
+    found = back(made, tmp_path / "x.pth", legacy)
+    assert found["dtype"] == dtype
+    assert found["x"].dtype == dtype
+    assert same(found["x"].to(torch.complex128), made["x"].to(torch.complex128))
+
+
+def checkpoint() -> dict[Any, Any]:
+    """All that checkpoints hold: a model and its optimizer after a step, views, and plain values."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.rand(2, 3, 5, 5)).sum().backward()
+    optimizer.step()
+    matrix = torch.rand(4, 6)
+    return {
+        "weights": model.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "parameters": list(model.parameters()),
+        "random": torch.get_rng_state(),
+        "views": [matrix, matrix[1:, 2], matrix.t(), matrix[:0], torch.tensor(3.0), torch.rand(1).expand(5)],
+        "plain": {"a": [1, -2, 2.5, None, True, "grün\ud800", 2**40, -(2**70)], "b": (), "c": ((1,), [])},
+        "size": torch.Size([2, 3]),
+        7: OrderedDict(b=1, a=2),
+    }
+
+
+@pytest.mark.parametrize("legacy", [False, True])
+def test_checkpoints_come_back_as_they_were(tmp_path: Path, legacy: bool) -> None:
+    made = checkpoint()
+    found = back(made, tmp_path / "x.pth", legacy)
+    assert same(found, made)
+    assert found["weights"]._metadata == made["weights"]._metadata
+    assert found["weights"]["0.weight"].stride() == (27, 1, 9, 3), "channels_last"
+    assert type(found["parameters"][0]) is nn.Parameter
+    assert found["views"][1].untyped_storage().data_ptr() == found["views"][0].untyped_storage().data_ptr()
+
+
+def test_what_it_is_goes_by_its_content(tmp_path: Path) -> None:
+    made = {"x": torch.arange(3.0)}
+    for suffix in ("pth", "safetensors", "bin", ""):
+        for legacy in (False, True):
+            assert same(back(made, tmp_path / f"x.{suffix}", legacy), made)
+        save_file(made, tmp_path / f"x.{suffix}")
+        assert same(read_tensors(str(tmp_path / f"x.{suffix}")), made)
+
+
+@pytest.mark.parametrize("comment", [b"sha256 " + b"0" * 64, b"x" * 65_535])
+def test_a_comment_behind_the_zip(tmp_path: Path, comment: bytes) -> None:
+    path = tmp_path / "x.pth"
+    torch.save(checkpoint(), path)
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = comment
+    assert path.read_bytes().endswith(comment)
+    assert same(read_tensors(path), checkpoint())
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.comment = comment[:100] + b"PK\5\6" + comment[:100]  # to torch and to zipfile, the archive ends there
+    with pytest.raises(NotTensors):
+        read_tensors(path)
+
+
+def test_the_real_mobilenet(real_mobilenet: Path) -> None:
+    """It is of the old format."""
+    assert real_mobilenet.read_bytes()[:2] == b"\x80\x02"
+    assert same(read_tensors(real_mobilenet), torch.load(real_mobilenet, weights_only=True))
+
+
+def test_missing_and_unreadable_are_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read_tensors(tmp_path / "x.pth")
+    with pytest.raises(IsADirectoryError):
+        read_tensors(tmp_path)
+    os.mkfifo(tmp_path / "pipe")
+    for special in (tmp_path / "pipe", Path("/dev/zero")):
+        with pytest.raises(NotTensors, match="no regular file"):  # and not waited for
+            read_tensors(special)
+    for content in (b"", b"PK", b"PK\3\4", bytes(100), b"\x80\x02}.", b"hello, world", b"12345678{"):
+        (tmp_path / "x.pth").write_bytes(content)
+        with pytest.raises(NotTensors) as caught:
+            read_tensors(tmp_path / "x.pth")
+        assert len(str(caught.value).splitlines()) == 1
+        assert "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({"x": b"bytes"}, "it names _codecs.encode"),
+        ({"x": {1, 2}}, "it names __builtin__.set"),
+        ({(1, 2): 3}, "a key is of type tuple"),
+        ({"x": torch.device("cpu")}, "it names torch.device"),
+        ({"x": torch.zeros(2, 2).to_sparse()}, "it names torch"),
+        ({"x": torch.zeros(2, dtype=torch.complex64).conj()}, "as torch.save does not"),
+        ({"x": torch.relu}, "it names"),
+        ({"a\x1b[2J": OrderedDict}, r"a\?\[2J is neither a tensor nor a plain value"),
+    ],
+)
+def test_what_no_checkpoint_of_ours_holds(tmp_path: Path, content: Any, reason: str) -> None:
+    with pytest.raises(NotTensors, match=reason):
+        back(content, tmp_path / "x.pth")
+
+
+def test_a_newer_pickle_protocol(tmp_path: Path) -> None:
+    torch.save({"x": torch.zeros(1), "y": 1}, tmp_path / "x.pth", pickle_protocol=4)
+    with pytest.raises(NotTensors, match=r"it names torch\._utils\._rebuild_tensor_v2|protocol 4, torch reads 2"):
+        read_tensors(tmp_path / "x.pth")
+
+
+# -- no other place reads such files
+
+LOADERS = {
+    "torch.load": ("fer_dist/tensors.py",),
+    "torch.serialization": (),
+    "torch.jit.load": (),
+    "torch.hub.load": (),
+    "torch.hub.load_state_dict_from_url": (),
+    "torch.package": (),
+    "safetensors.safe_open": (),
+    "safetensors.torch.load": (),
+    "safetensors.torch.load_file": ("fer_dist/tensors.py",),
+    "timm.models.load_state_dict": (),
+    "timm.models.load_checkpoint": (),
+    "timm.models.resume_checkpoint": (),
+    "pickle": (),
+    "cloudpickle": (),
+    "dill": (),
+    "joblib": (),
+    "marshal": (),
+    "shelve": (),
+    "yaml.load": (),
+    "yaml.load_all": (),
+    "yaml.full_load": (),
+    "yaml.unsafe_load": (),
+    "yaml.Loader": (),
+    "yaml.UnsafeLoader": (),
+    "builtins": (),
+}
+"""What runs code from a file, or reads tensors, and the files that may name it."""
+SOURCES = [
+    path for part in ("fer_dist", "export", "tune", "benchmarks") for path in sorted((ROOT / part).rglob("*.py"))
+]
+
+
+def unsafe(file: str, source: str) -> list[str]:
+    """What in a source loads files in a way that only `fer_dist/tensors.py` may, or nobody; one line each."""
+    wrong = [
+        f"line {line} names {name}"
+        for line, name in named(source)
+        for loader, homes in LOADERS.items()
+        if (name == loader or name.startswith(f"{loader}.")) and file not in homes
+    ]
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Name) and node.id in ("eval", "exec", "__import__", "__builtins__"):
+            wrong.append(f"line {node.lineno} uses {node.id}")
+        if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Attribute):
+            continue
+        given = {word.arg: word.value for word in node.keywords}
+        if node.func.attr == "load" and not _is(given.get("weights_only"), True) and file in LOADERS["torch.load"]:
+            wrong.append(f"line {node.lineno}: a load without weights_only=True")
+        if "allow_pickle" in given and not _is(given["allow_pickle"], False):
+            wrong.append(f"line {node.lineno}: allow_pickle")
+        if node.func.attr == "load" and len(node.args) > 2:
+            wrong.append(f"line {node.lineno}: a load whose third argument may be allow_pickle or another unpickler")
+    return wrong
+
+
+def _is(node: ast.expr | None, value: bool) -> bool:
+    return isinstance(node, ast.Constant) and node.value is value
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_are_loaded_in_one_place(path: Path) -> None:
+    assert unsafe(str(path.relative_to(ROOT)), path.read_text(encoding="utf-8")) == []
+
+
+def test_that_place_is_known() -> None:
+    source = (ROOT / "fer_dist/tensors.py").read_text(encoding="utf-8")
+    assert sum(name == "torch.load" for _, name in named(source)) == 1
+    assert len(SOURCES) > 40
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import torch\ntorch.load('x', weights_only=True)\n",
+        "import torch as t\nload = t.load\n",
+        "from torch import load\n",
+        "from torch.serialization import load\n",
+        "import torch\ntorch.jit.load('x')\n",
+        "from torch import hub\nhub.load('a', 'b')\n",
+        "def f():\n    import pickle\n",
+        "from pickle import loads\n",
+        "import importlib\nimportlib.import_module('pickle')\n",
+        "import numpy as np\nnp.load('x', allow_pickle=True)\n",
+        "import numpy as np\nnp.load('x', None, True)\n",
+        "import numpy as np\nnp.load('x', allow_pickle=trusted)\n",
+        "import yaml\nyaml.load(text, Loader=yaml.Loader)\n",
+        "import yaml\nyaml.unsafe_load(text)\n",
+        "import timm\ntimm.models.load_state_dict('x')\n",
+        "from timm.models import load_checkpoint\n",
+        "from safetensors.torch import load_file\n",
+        "eval('1')\n",
+        "run = exec\n",
+    ],
+)
+def test_the_one_place_can_fail(source: str) -> None:
+    assert unsafe("fer_dist/engine/checkpoint.py", source) != []
+
+
+@pytest.mark.parametrize(
+    "options", ["", ", weights_only=False", ", weights_only=safe", ", **options", ", None, pickle"]
+)
+def test_the_guard_can_fail(options: str) -> None:
+    home = "fer_dist/tensors.py"
+    assert unsafe(home, "import torch\ntorch.load(file, map_location='cpu', weights_only=True)\n") == []
+    assert unsafe(home, f"import torch\ntorch.load(file{options})\n") != []
+    assert unsafe(home, "import numpy as np\nimport yaml\nyaml.safe_load(text)\nmodel.eval()\n") == []
