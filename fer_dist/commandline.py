@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from fer_dist.config import Config, load_config
-from fer_dist.errors import EXIT_USER_ERROR, UserError
+from fer_dist.errors import EXIT_RANK_LOST, EXIT_STOPPED, EXIT_USER_ERROR, RankLost, Stopped, UserError
 from fer_dist.options import bounds, recipes, walk
 
 ALIASES = {"--data": "--data.path"}
@@ -47,9 +47,16 @@ def parse(argv: Sequence[str], *, prog: str, about: str) -> Config:
 
 
 def run(main: Callable[[], None]) -> NoReturn:
-    """Run a command; a UserError is printed once, by rank 0, and the exit code is 2."""
+    """Run a command; a UserError is printed once, by rank 0, and the exit code is 2. Others: see `errors`."""
     try:
         main()
+    except Stopped as stopped:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"stopped: {stopped}", file=sys.stderr, flush=True)
+        code = EXIT_STOPPED
+    except RankLost as lost:
+        print(f"error: rank {os.environ.get('RANK', '0')}: another rank is gone ({lost})", file=sys.stderr, flush=True)
+        code = EXIT_RANK_LOST
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)

@@ -17,9 +17,16 @@ class RunConfig(Section):
 
     name: str | None = option(None, "name of the run folder; none: architecture and start time")
     dir: str = option("runs", "folder that holds the run folders")
-    resume: Literal["never", "auto"] = option(
-        "never",
-        "auto: go on from last.pth of the run folder, if there is one; needs run.name or a launcher's restart",
+    resume: Literal["restart", "auto", "never"] = option(
+        "restart",
+        "auto: go on with run.name; restart: only when the launcher has started this run again; never: not even then",
+    )
+    keep: int = option(2, "checkpoints to go on from that stay in the run folder [files]", low=1)
+    stop_signals: str = option(
+        "SIGTERM,SIGUSR1,SIGINT", "signals that make a run save after its step and leave with exit code 75"
+    )
+    timeout_seconds: float = option(
+        600.0, "a rank that comes no further for so long leaves, with its stacks in the run folder [s]", above=0
     )
     tensorboard: bool = option(True, "also write TensorBoard events")
     progress: Literal["auto", "plain", "none"] = option(
@@ -119,6 +126,12 @@ class TrainConfig(Section):
         None, "per forward pass of a rank; under its share: gradient accumulation; none: its share [pictures]", low=1
     )
     eval_batch: int = option(256, "per forward pass of a rank in evaluation [pictures]", low=1)
+    save_every_steps: int | None = option(
+        None, "also save inside an epoch, after every so many steps; none: after each epoch only [steps]", low=1
+    )
+    max_skipped: int = option(
+        5, "steps in a row that a NaN or infinity in loss or gradient may spoil, and that are skipped [steps]", low=0
+    )
     steps_per_epoch: int | None = option(None, "stop an epoch after so many steps; none: all [steps]", low=1)
     device: Literal["auto", "cpu", "cuda"] = option("auto", "auto: GPUs (cuda) where there are any")
     precision: Literal["float32", "bfloat16", "float16", "float64"] = option(
@@ -126,6 +139,7 @@ class TrainConfig(Section):
     )
     channels_last: bool = option(True, "channels-last memory format of convolutions")
     compile: bool = option(False, "torch.compile the training step")
+    deterministic: bool = option(True, "on GPUs only kernels that give the same bits each time")
     sync_batchnorm: Literal["auto", "always", "never"] = option(
         "auto", "synchronised batch norm, on GPUs; auto: when a rank sees fewer than 16 pictures at once"
     )

@@ -1,4 +1,14 @@
-"""The one error that is shown to people without a traceback."""
+"""How a run ends before its time: errors for people without a traceback, and the exit codes of every command.
+
+0 done, 1 a mistake of ours (with its traceback), and the three below.
+"""
+
+EXIT_USER_ERROR = 2
+"""A UserError: something to put right first."""
+EXIT_RANK_LOST = 69
+"""Another rank is gone, or none has come on for `run.timeout_seconds`; the last checkpoint stands."""
+EXIT_STOPPED = 75
+"""Told to stop by a signal: saved, and to be started again to go on (BSD's EX_TEMPFAIL)."""
 
 
 class UserError(Exception):
@@ -18,5 +28,9 @@ class UserError(Exception):
         return f"{self.problem}\n  -> {self.fix}" if self.fix else self.problem
 
 
-EXIT_USER_ERROR = 2
-"""Exit code of every command after a UserError."""
+class Stopped(Exception):
+    """The run was told to stop: its state is on the disk, and it can go on from there."""
+
+
+class RankLost(Exception):
+    """Another rank is gone: this one cannot go on, and leaves without saving."""

@@ -4,6 +4,7 @@ A checkpoint, an ONNX file and an engine all hold a `ModelSpec`, so that nobody 
 count, a picture size, a mean or a label order a second time.
 """
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -21,6 +22,9 @@ _ALIASES = {
     "sadness": "sad",
     "surprised": "surprise",
 }
+
+LARGEST = 1024
+"""Largest side of a picture [pixels], and most labels, that a spec from a file may have."""
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -85,15 +89,28 @@ class ModelSpec:
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> "ModelSpec":
-        """The inverse of `to_dict`.
+        """The inverse of `to_dict`; the dictionary may come from a stranger's file.
 
         Raises:
-            KeyError, TypeError: the dictionary is not one of ours.
+            KeyError, TypeError, ValueError: the dictionary is not one of ours.
         """
         values: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in plain["input"].items()}
-        return cls(
+        spec = cls(
             arch=plain["arch"],
             labels=LabelSet(names=tuple(plain["labels"])),
             input=InputSpec(**values),
             options=dict(plain["options"]),
         )
+        names, shown = spec.labels.names, spec.input
+        sizes = all(type(size) is int and 1 <= size <= LARGEST for size in (shown.size, shown.image_size))
+        colours = all(
+            len(colour) == 3 and all(type(x) is float and math.isfinite(x) for x in colour)
+            for colour in (shown.mean, shown.std)
+        )
+        if not (type(spec.arch) is str and sizes and colours and min(shown.std) > 0):
+            raise ValueError("its architecture, sizes, mean or deviation are none")
+        if not 0 < len(names) == len(set(names)) <= LARGEST or not all(type(name) is str for name in names):
+            raise ValueError("its labels are no different names")
+        if not all(type(name) is str for name in spec.options):
+            raise ValueError("its options have no names")
+        return spec

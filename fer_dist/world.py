@@ -22,12 +22,14 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
-from fer_dist.errors import UserError
+from fer_dist.errors import RankLost, UserError
 
 T = TypeVar("T")
 
 PATIENCE = timedelta(minutes=30)
-"""How long a rank waits for the others at the start."""
+"""How long a rank waits for the others at the start, and at the least in every exchange."""
+LOST = ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
+"""What torch's errors say, plain RuntimeErrors among them, where another rank is the reason."""
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
 """Parameters of glibc's mallopt, from its malloc.h."""
@@ -90,6 +92,16 @@ class World:
         dist.broadcast_object_list(box, src=0)
         return cast(T, box[0])
 
+    def share(self, tree: T) -> T:
+        """Rank 0's nested dictionaries and lists on every rank; CPU tensors travel as they are, not pickled."""
+        if self.size == 1:
+            return tree
+        tensors: list[Tensor] = []
+        skeleton = self.from_first(_outline(tree, tensors))
+        if not self.first:
+            tensors.clear()
+        return cast(T, _filled(skeleton, tensors, self.first))
+
     def barrier(self) -> None:
         """Wait for all ranks."""
         self.gather(None)
@@ -150,8 +162,38 @@ class World:
         return nullcontext()
 
 
+def _outline(tree: Any, tensors: list[Tensor]) -> Any:
+    """The tree with an empty ("meta") tensor for each tensor, and the tensors in that order, each one block of memory.
+
+    The empty ones carry shape, type and layout: channels-last stays so, as the optimizers want it.
+    """
+    if isinstance(tree, dict):
+        return {key: _outline(value, tensors) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(_outline(value, tensors) for value in tree)
+    if not isinstance(tree, Tensor):
+        return tree
+    dense = tree.is_contiguous() or (tree.ndim == 4 and tree.is_contiguous(memory_format=torch.channels_last))
+    tensors.append(tree if dense else tree.contiguous())
+    return torch.empty_like(tensors[-1], device="meta")
+
+
+def _filled(tree: Any, tensors: list[Tensor], sends: bool) -> Any:
+    """The tree with its tensors, sent or received in the order of their places."""
+    if isinstance(tree, dict):
+        return {key: _filled(value, tensors, sends) for key, value in tree.items()}
+    if isinstance(tree, list | tuple):
+        return type(tree)(_filled(value, tensors, sends) for value in tree)
+    if not isinstance(tree, Tensor):
+        return tree
+    x = tensors.pop(0) if sends else torch.empty_strided(tree.shape, tree.stride(), dtype=tree.dtype)
+    if x.numel():
+        dist.broadcast(x.as_strided((x.numel(),), (1,)), src=0)
+    return x
+
+
 @contextmanager
-def join(device: str = "auto") -> Iterator[World]:
+def join(device: str = "auto", timeout_seconds: float = 0.0) -> Iterator[World]:
     """Make or find this process's World, and close what was made.
 
     A process group that somebody else made (Ray, a notebook) is used and left open. Otherwise
@@ -159,10 +201,30 @@ def join(device: str = "auto") -> Iterator[World]:
 
     Args:
         device: auto, cpu or cuda. NCCL carries CUDA tensors, gloo carries CPU tensors.
+        timeout_seconds: how long one exchange may take, PATIENCE at the least [s].
 
     Raises:
         UserError: cuda is asked for and absent, or a node has more ranks than GPUs.
+        RankLost: another rank is gone.
     """
+    with _naming_lost_ranks(), _joined(device, timedelta(seconds=timeout_seconds)) as world:
+        yield world
+
+
+@contextmanager
+def _naming_lost_ranks() -> Iterator[None]:
+    """Turns what torch raises when another rank is gone into a RankLost."""
+    try:
+        yield
+    except (RuntimeError, OSError) as error:  # torch.distributed's own errors are RuntimeErrors
+        told = str(error)
+        if isinstance(error, dist.DistError) or any(word in told for word in LOST):
+            raise RankLost(" ".join(told.split("]", 1)[-1].split(". This is")[0].split())[:200]) from error
+        raise
+
+
+@contextmanager
+def _joined(device: str, timeout: timedelta) -> Iterator[World]:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     on = _device(device, local_rank)
     if dist.is_initialized():
@@ -170,6 +232,7 @@ def join(device: str = "auto") -> Iterator[World]:
     elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         store, rank, size = next(iter(rendezvous("env://", timeout=PATIENCE)))
         where: dict[str, Any] = {"store": _fresh_store(store, rank, size), "rank": rank, "world_size": size}
+        where["timeout"] = max(PATIENCE, timeout)
         if on.type == "cuda":
             dist.init_process_group("cpu:gloo,cuda:nccl", device_id=on, **where)
         else:

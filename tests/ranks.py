@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,19 +35,45 @@ class Done:
 
 
 class Process:
-    """A command that runs with this repository importable; output is caught, time is limited."""
+    """A command that runs with this repository importable; output is caught, time is limited.
+
+    It and all that it starts carry a mark of their own, by which `alive` finds them.
+    """
 
     def __init__(
         self, command: Sequence[str], *, cwd: Path | None = None, env: Mapping[str, str] | None = None
     ) -> None:
+        self.mark = f"TEST_MARK={uuid.uuid4().hex}"
+        name, _, value = self.mark.partition("=")
         self._process = subprocess.Popen(
             command,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
             cwd=cwd or ROOT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
+            env={**os.environ, "PYTHONPATH": str(ROOT), name: value, **(env or {})},
         )
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to the process itself, not to what it has started."""
+        self._process.send_signal(number)
+
+    def alive(self) -> list[int]:
+        """The processes of this command that still run, itself among them."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                mine = self.mark.encode() in (folder / "environ").read_bytes().split(b"\0")
+                state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+            except OSError:  # it has ended meanwhile
+                continue
+            if mine and state != "Z":
+                found.append(int(folder.name))
+        return found
 
     def wait(self, patience: float = PATIENCE_S) -> Done:
         """Wait for its end; one that takes too long is ended and fails the test."""
@@ -96,13 +123,17 @@ def two_agents(*command: str, env: Mapping[str, str] | None = None) -> list[Done
 
 def by_hand(ranks: int, *command: str) -> list[Done]:
     """Ranks without an agent that would end the others: what each of them does is seen."""
+    return [process.wait() for process in start_by_hand(ranks, *command)]
+
+
+def start_by_hand(ranks: int, *command: str) -> list[Process]:
+    """The same, still running."""
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": str(ranks)}
     where["LOCAL_WORLD_SIZE"] = str(ranks)
-    started = [
+    return [
         Process([sys.executable, *command], env={**where, "RANK": str(rank), "LOCAL_RANK": str(rank)})
         for rank in range(ranks)
     ]
-    return [process.wait() for process in started]
 
 
 def free_port() -> int:

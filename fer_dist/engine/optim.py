@@ -80,7 +80,11 @@ class Schedule:
         factor = self.factor(step)
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * factor
-        return self._config.lr * factor
+        return self.lr(step)
+
+    def lr(self, step: int) -> float:
+        """The head's learning rate at a step, 0-based."""
+        return self._config.lr * self.factor(step)
 
     def epoch_end(self, gained: bool) -> None:
         """Tell plateau whether the epoch's monitored score was the best so far."""

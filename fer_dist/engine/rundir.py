@@ -73,6 +73,8 @@ def _decide(config: Config) -> tuple[Path, bool]:
     def ours(folder: Path) -> bool:  # a restart must not enter a folder that its first start was refused
         return restarted and bool(launch_key()) and _launch_of(folder) == launch_key()
 
+    if config.run.resume == "never":
+        restarted = False
     if config.run.name is None:
         for folder in sorted(base.glob("*"), reverse=True):
             if ours(folder):

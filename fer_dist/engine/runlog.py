@@ -3,6 +3,8 @@
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +34,8 @@ class EpochRecord:
         images_per_second: training throughput over all ranks.
         seconds: duration of training and evaluation [s].
         peak_memory: highest use of memory by any rank, GPU memory on GPUs [MiB].
+        skipped: steps of the run so far that a NaN or infinity spoilt.
+        overflows: steps of the run so far that float16's loss scale was too high for.
     """
 
     epoch: int
@@ -42,6 +46,8 @@ class EpochRecord:
     images_per_second: float
     seconds: float
     peak_memory: float
+    skipped: int = 0
+    overflows: int = 0
 
     def to_dict(self, names: tuple[str, ...]) -> dict[str, Any]:
         """Plain values for metrics.jsonl."""
@@ -57,6 +63,8 @@ class EpochRecord:
                 "recall": dict(zip(names, self.val.recall, strict=True)),
                 "count": self.val.count,
             },
+            "skipped": self.skipped,
+            "overflows": self.overflows,
             "images_per_second": round(self.images_per_second, 1),
             "seconds": round(self.seconds, 2),
             "peak_memory_mib": round(self.peak_memory, 1),
@@ -77,38 +85,38 @@ class RunLog:
         self._progress: Progress | None = None
         self._task: TaskID | None = None
         self._began = self._spoke = time.monotonic()
+        self._done_before = 0
 
     def say(self, line: str) -> None:
         """One line for the user."""
         if self._speaks:
             self._console.print(line)
 
-    def open(self, folder: Path, *, keep: int) -> list[dict[str, Any]]:
-        """Begin to write into a run folder; returns the records of its first `keep` epochs (rank 0 only).
+    def open(self, folder: Path, records: list[dict[str, Any]]) -> None:
+        """Begin to write into a run folder, behind the records of its whole epochs (rank 0 only).
+
+        They come from the checkpoint, and metrics.jsonl is written anew from them: whatever a
+        killed process left there, it never disagrees with the state that the run goes on from.
 
         Raises:
-            UserError: it cannot be written, or its metrics.jsonl not be read.
+            UserError: it cannot be written.
         """
         self._folder = folder
         if not self._first:
-            return []
-        path = folder / "metrics.jsonl"
-        try:
-            lines = path.read_text().splitlines()[:keep] if keep and path.exists() else []
-            records: list[dict[str, Any]] = [json.loads(line) for line in lines]
-            write_atomically(path, lambda file: file.write("".join(f"{line}\n" for line in lines).encode()))
-            if self._tensorboard:
-                from torch.utils.tensorboard.writer import SummaryWriter
+            return
+        lines = "".join(json.dumps(record) + "\n" for record in records)
+        write_atomically(folder / "metrics.jsonl", lambda file: file.write(lines.encode()))
+        if self._tensorboard:
+            from torch.utils.tensorboard.writer import SummaryWriter
 
-                step = records[-1]["step"] if records else 0
+            step = records[-1]["step"] if records else 0
+            with self._writing("tensorboard"):
                 self._events = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot write into {folder}: {error}", "choose another folder with --run.dir") from None
-        return records
 
-    def epoch_begins(self, epoch: int, epochs: int, steps: int) -> None:
-        """Show the progress of an epoch (1-based)."""
+    def epoch_begins(self, epoch: int, epochs: int, steps: int, done: int = 0) -> None:
+        """Show the progress of an epoch (1-based), of which `done` steps were done by an earlier start."""
         self._began = self._spoke = time.monotonic()
+        self._done_before = done
         if self._live:
             self._progress = Progress(
                 TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
@@ -119,7 +127,7 @@ class RunLog:
                 console=self._console,
                 transient=True,
             )
-            self._task = self._progress.add_task("", total=steps, epoch=epoch, epochs=epochs, rest="")
+            self._task = self._progress.add_task("", total=steps, completed=done, epoch=epoch, epochs=epochs, rest="")
             self._progress.start()
 
     def due(self) -> bool:
@@ -130,7 +138,7 @@ class RunLog:
     def step(self, epoch: int, done: int, steps: int, batch: int, loss: float) -> None:
         """Show that `done` steps of the epoch are done."""
         self._spoke = time.monotonic()
-        speed = done * batch / (self._spoke - self._began)
+        speed = (done - self._done_before) * batch / (self._spoke - self._began)
         if self._progress is not None and self._task is not None:
             self._progress.update(self._task, completed=done, rest=f"loss {loss:.3f}  {speed:.0f} images/s")
         else:
@@ -154,31 +162,49 @@ class RunLog:
             self._append(plain)
         return plain
 
-    def losses(self, step: int, values: list[float]) -> None:
-        """TensorBoard: the loss of each step of an epoch that began after `step` steps."""
-        for i, value in enumerate(values if self._events is not None else []):
-            self._events.add_scalar("train/step_loss", value, step + i + 1)
+    def losses(self, step: int, values: list[float | None]) -> None:
+        """TensorBoard: the loss of each step of an epoch that began after `step` steps; None: skipped."""
+        with self._writing("tensorboard"):
+            for i, value in enumerate(values if self._events is not None else []):
+                if value is not None:
+                    self._events.add_scalar("train/step_loss", value, step + i + 1)
 
     def close(self) -> None:
         """Stop the live line and flush the events."""
         if self._progress is not None:
             self._progress.stop()
         if self._events is not None:
-            self._events.close()
+            try:
+                self._events.close()
+            except (OSError, RuntimeError) as error:  # the run itself is written by now, or has its own error
+                self.say(f"the last TensorBoard events cannot be written: {error}")
 
     def _append(self, plain: dict[str, Any]) -> None:
         assert self._folder is not None
+        with self._writing("metrics.jsonl"), (self._folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(plain) + "\n")
+        with self._writing("tensorboard"):
+            self._add_events(plain)
+
+    def _add_events(self, plain: dict[str, Any]) -> None:
+        if self._events is None:
+            return
+        # All against steps: what a resumed run writes again is told apart by that number alone.
+        for name in ("epoch", "lr", "train_loss", "images_per_second"):
+            self._events.add_scalar(f"epoch/{name}", plain[name], plain["step"])
+        for name in ("loss", "accuracy", "macro_f1"):
+            self._events.add_scalar(f"val/{name}", plain["val"][name], plain["step"])
+        for name, value in plain["val"]["recall"].items():
+            self._events.add_scalar(f"recall/{name}", value, plain["step"])
+        self._events.flush()
+
+    @contextmanager
+    def _writing(self, name: str) -> Iterator[None]:
+        """Turns an OSError of a file of the run folder into a UserError."""
         try:
-            with (self._folder / "metrics.jsonl").open("a") as file:
-                file.write(json.dumps(plain) + "\n")
+            yield
         except OSError as error:
-            raise UserError(f"cannot write {self._folder}/metrics.jsonl: {error.strerror}", "free some space") from None
-        if self._events is not None:
-            # All against steps: what a resumed run writes again is told apart by that number alone.
-            for name in ("epoch", "lr", "train_loss", "images_per_second"):
-                self._events.add_scalar(f"epoch/{name}", plain[name], plain["step"])
-            for name in ("loss", "accuracy", "macro_f1"):
-                self._events.add_scalar(f"val/{name}", plain["val"][name], plain["step"])
-            for name, value in plain["val"]["recall"].items():
-                self._events.add_scalar(f"recall/{name}", value, plain["step"])
-            self._events.flush()
+            raise UserError(
+                f"cannot write {self._folder}/{name}: {error.strerror or error}",
+                "free some space, or choose another folder with --run.dir",
+            ) from None

@@ -1,7 +1,10 @@
 """`TrainState`: everything that changes while training, made once and carried along."""
 
 import copy
-from dataclasses import dataclass, field
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +14,11 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fer_dist.config import Config, TrainConfig
-from fer_dist.engine.checkpoint import Checkpoint, load
+from fer_dist.engine.history import Newest, newest
 from fer_dist.engine.metrics import Metrics
 from fer_dist.engine.optim import Ema, Schedule, build_optimizer, parameter_groups
 from fer_dist.engine.runlog import RunLog
+from fer_dist.engine.same import require_same_run
 from fer_dist.errors import UserError
 from fer_dist.models.base import FaceModel
 from fer_dist.world import World
@@ -27,7 +31,16 @@ SMALL_SHARE = 16
 class TrainState:
     """Everything that changes while training; the one mutable type.
 
-    `model` holds the live weights, `wrapped` is the same model as DDP and torch.compile see it.
+    Attributes:
+        model: the live weights; `wrapped` is the same model as DDP and torch.compile see it.
+        running_stats: means and variances of the batch norms that train.
+        epoch: whole epochs done; `step`: optimizer steps done, the skipped ones among them.
+        bad_epochs: epochs since the best one.
+        skipped: steps that a NaN or infinity spoilt, and `skipped_in_row` the newest of them.
+        overflows: steps that float16's loss scale was too high for.
+        epoch_losses: the mean loss of each step of the epoch that is not whole yet; None: skipped.
+        records: of all whole epochs, as in metrics.jsonl.
+        losses: of the steps of this process that were not skipped.
     """
 
     model: FaceModel
@@ -41,7 +54,17 @@ class TrainState:
     step: int = 0
     best: Metrics | None = None
     bad_epochs: int = 0
+    skipped: int = 0
+    skipped_in_row: int = 0
+    overflows: int = 0
+    epoch_losses: list[float | None] = field(default_factory=list)
+    records: list[dict[str, Any]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
+
+    @property
+    def done(self) -> int:
+        """Steps done of the epoch that is not whole yet."""
+        return len(self.epoch_losses)
 
     @property
     def deployed(self) -> FaceModel:
@@ -61,7 +84,6 @@ def prepare(config: Config, model: FaceModel, steps: int, world: World, log: Run
     if norms and (reason := why_sync_batchnorm(train, world)):
         model = nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
         log.say(f"batch norm: statistics over all ranks, since {reason}")
-    average = copy.deepcopy(model).eval().requires_grad_(False) if train.ema else None
     model.train()
     moving = [
         buffer
@@ -70,7 +92,8 @@ def prepare(config: Config, model: FaceModel, steps: int, world: World, log: Run
         for buffer in (module.running_mean, module.running_var)
         if buffer is not None
     ]
-    wrapped = world.wrap(model)
+    wrapped = world.wrap(model)  # every rank has rank 0's weights now
+    average = copy.deepcopy(model).eval().requires_grad_(False) if train.ema else None
     return TrainState(
         model=model,
         wrapped=torch.compile(wrapped) if train.compile else wrapped,  # type: ignore[arg-type]
@@ -80,6 +103,27 @@ def prepare(config: Config, model: FaceModel, steps: int, world: World, log: Run
         ema=Ema(model, average, train.ema) if average else None,
         running_stats=moving,
     )
+
+
+@contextmanager
+def exact_kernels(train: TrainConfig, device: torch.device) -> Iterator[None]:
+    """On a GPU, only kernels that give the same bits each time; afterwards as before.
+
+    Where torch has no such kernel, it warns and takes the other.
+    """
+    if not train.deterministic or device.type != "cuda":
+        yield
+        return
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS reads it at its first use
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    benchmark = torch.backends.cudnn.benchmark
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.backends.cudnn.benchmark = False
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        torch.backends.cudnn.benchmark = benchmark
 
 
 def why_sync_batchnorm(train: TrainConfig, world: World) -> str:
@@ -96,54 +140,93 @@ def why_sync_batchnorm(train: TrainConfig, world: World) -> str:
     return f"a rank sees {seen} pictures at once, fewer than {SMALL_SHARE}" if seen < SMALL_SHARE else ""
 
 
-def resume_state(state: TrainState) -> dict[str, Any]:
-    """What going on at the end of an epoch needs beside the deployed weights; plain values."""
-    assert state.best is not None
+def resume_state(state: TrainState, data: str) -> dict[str, Any]:
+    """All that going on needs beside the deployed weights, at any step; plain values and tensors.
+
+    Args:
+        data: digest of the data set and its parts.
+    """
+    best = state.best
     return {
-        "model": {name: value.detach().cpu() for name, value in state.model.state_dict().items()},
-        "optimizer": state.optimizer.state_dict(),
+        # Without an EMA the deployed weights are the live ones, and stand in the checkpoint once.
+        "model": dict(state.model.state_dict()) if state.ema else {},
+        "optimizer": {"name": type(state.optimizer).__name__, **state.optimizer.state_dict()},
         "scaler": state.scaler.state_dict(),
         "schedule": state.schedule.state(),
         "epoch": state.epoch,
         "step": state.step,
+        "losses": state.epoch_losses,
+        "records": state.records,
         "bad_epochs": state.bad_epochs,
-        "best": {
-            "confusion": state.best.confusion_KK.tolist(),
-            "loss_sum": state.best.loss_sum,
-            "count": state.best.count,
-        },
+        "skipped": state.skipped,
+        "skipped_in_row": state.skipped_in_row,
+        "overflows": state.overflows,
+        "best": None
+        if best is None
+        else {"confusion": best.confusion_KK.tolist(), "loss_sum": best.loss_sum, "count": best.count},
+        "data": data,
     }
 
 
-def restore(state: TrainState, path: Path, world: World, log: RunLog) -> None:
-    """Go on from last.pth, at the end of its epoch; from the beginning where there is none.
+def restore(state: TrainState, folder: Path, config: Config, data: str, world: World, log: RunLog) -> Newest:
+    """Go on from the newest valid checkpoint of a run folder; from the beginning where there is none.
 
     Rank 0 reads it and tells the others, which may not share its disk.
 
+    Args:
+        data: digest of the data set and its parts.
+
+    Returns:
+        What was found, without the tensors.
+
     Raises:
-        UserError: the file is damaged, or is of another model or optimizer.
+        UserError: there are checkpoints and all are damaged; the newest is of another model, optimizer,
+            data set or order of samples.
     """
-    found: list[Checkpoint] = []
-    world.only_first(lambda: found.append(load(path)) if path.exists() else None)
-    checkpoint = world.from_first(found[0] if found else None)
-    if checkpoint is None:
-        log.say(f"resume: {path} does not exist, starting from the beginning")
-        return
-    kept = checkpoint.resume
+    files: list[Newest] = []
+    world.only_first(lambda: files.append(newest(folder)))
+    found = world.from_first(replace(files[0], checkpoint=None) if files else Newest())
+    for _, why in found.refused:
+        log.say(f"resume: left out, {why}")
+    if found.path is None:
+        log.say(f"resume: {folder} has no checkpoint yet, starting from the beginning")
+        return found
+    read = files[0].checkpoint if files else None
+    weights, then, kept = world.share((read.weights, read.config, read.resume) if read else ({}, {}, {}))
+    changed = require_same_run(then, config, str(kept.get("data")), data, str(found.path))
     try:
-        state.model.load_state_dict(kept["model"])
-        if state.ema:
-            state.ema.model.load_state_dict(checkpoint.weights)
-        state.optimizer.load_state_dict(kept["optimizer"])
-        state.scaler.load_state_dict(kept["scaler"])
-    except (RuntimeError, ValueError, KeyError) as error:
+        _load(state, weights, kept)
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"{path} does not fit these settings: {error}", f"--config {path.parent}/config.yaml, or another --run.name"
+            f"{found.path} does not fit these settings: {error}",
+            f"--config {folder}/config.yaml, or another --run.name",
         ) from None
+    if changed:
+        log.say(f"resume: settings have changed: {'; '.join(changed)}")
+    log.say(f"resume: {found.path}, step {state.step}, {state.epoch} epochs done and {state.done} steps of the next")
+    return found
+
+
+def _load(state: TrainState, weights: dict[str, Tensor], kept: dict[str, Any]) -> None:
+    """Put a checkpoint into the state; hyper-parameters of the optimizer stay those of the settings."""
+    if kept["optimizer"]["name"] != (name := type(state.optimizer).__name__):
+        raise ValueError(f"its optimizer is {kept['optimizer']['name']}, here it is {name}")
+    groups = state.optimizer.state_dict()["param_groups"]
+    sizes, own = ([len(group["params"]) for group in g] for g in (kept["optimizer"]["param_groups"], groups))
+    if sizes != own:
+        raise ValueError(f"its optimizer moves groups of {sizes} parameters, here they are {own}")
+    if bool(kept["model"]) != bool(state.ema):
+        raise ValueError(f"it was made {'with' if kept['model'] else 'without'} train.ema")
+    state.model.load_state_dict(kept["model"] or weights)
+    if state.ema:
+        state.ema.model.load_state_dict(weights)
+    state.optimizer.load_state_dict({"state": kept["optimizer"]["state"], "param_groups": groups})
+    state.scaler.load_state_dict(kept["scaler"])
     state.schedule.load(kept["schedule"])
     state.epoch, state.step, state.bad_epochs = kept["epoch"], kept["step"], kept["bad_epochs"]
-    best = kept["best"]
-    state.best = Metrics(
-        confusion_KK=np.array(best["confusion"], np.int64), loss_sum=best["loss_sum"], count=best["count"]
-    )
-    log.say(f"resume: {path}, after epoch {state.epoch}")
+    state.epoch_losses, state.records = list(kept["losses"]), list(kept["records"])
+    state.skipped, state.skipped_in_row, state.overflows = kept["skipped"], kept["skipped_in_row"], kept["overflows"]
+    if best := kept["best"]:
+        state.best = Metrics(
+            confusion_KK=np.array(best["confusion"], np.int64), loss_sum=best["loss_sum"], count=best["count"]
+        )

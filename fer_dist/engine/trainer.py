@@ -5,41 +5,40 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fer_dist.config import Config
 from fer_dist.data.cache import open_faces
 from fer_dist.data.faces import TRAIN, VAL, Faces
-from fer_dist.data.feed import Batch, TrainFeed, evaluation_batches
+from fer_dist.data.feed import TrainFeed, evaluation_batches
 from fer_dist.data.split import hold_out_validation, require_part, training_index
-from fer_dist.engine import plots
-from fer_dist.engine.checkpoint import Checkpoint, save, write_atomically
+from fer_dist.engine.history import Newest
 from fer_dist.engine.metrics import Metrics
-from fer_dist.engine.rundir import open_run, provenance, write_json
+from fer_dist.engine.run import Run, introduce, leave_epoch, note_spoilt, save_state, stop_run
+from fer_dist.engine.rundir import open_run, provenance
 from fer_dist.engine.runlog import EpochRecord, RunLog
+from fer_dist.engine.same import data_digest, require_same_data, require_same_settings
 from fer_dist.engine.score import score
-from fer_dist.engine.state import TrainState, prepare, restore, resume_state
+from fer_dist.engine.state import TrainState, exact_kernels, prepare, restore
+from fer_dist.engine.step import settle, train_step
+from fer_dist.engine.watch import Watch, stop_signals
 from fer_dist.errors import UserError
 from fer_dist.models import build_model
 from fer_dist.spec import LabelSet
 from fer_dist.world import World, join
 
-HALF = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 OnEpoch = Callable[[EpochRecord], bool | None]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """What `fit` leaves: the run folder, a record per epoch, the best metrics, each step's loss."""
+    """What `fit` leaves: the run folder, a record per epoch, the best metrics, each step's loss in this process."""
 
     folder: Path
     records: list[dict[str, Any]]
@@ -57,14 +56,44 @@ def fit(config: Config, world: World | None = None, on_epoch: OnEpoch | None = N
 
     Raises:
         UserError: what the settings or the data make impossible, on every rank alike.
+        Stopped: a signal of `run.stop_signals` came to a rank; the state is saved.
+        RankLost: another rank is gone (where `fit` has joined the ranks itself).
     """
     if world is None:
-        with join(config.train.device) as joined:
+        with join(config.train.device, config.run.timeout_seconds) as joined:
             return fit(config, joined, on_epoch)
+    with exact_kernels(config.train, world.device):
+        run, state = begin(config, world)
+        try:
+            with run.watch:
+                while goes_on(config, state):
+                    record, gained = run_epoch(run, state)
+                    leave_epoch(run, state, record, gained)
+                    if world.agree(bool(on_epoch and on_epoch(record))):
+                        break
+        finally:
+            run.log.close()
+    assert state.best is not None
+    if state.epoch < config.train.epochs:
+        run.log.say(f"stopped early after epoch {state.epoch}")
+    run.log.say(f"best validation accuracy {100 * state.best.accuracy:.2f}%: {run.folder / 'best.pth'}")
+    return Result(folder=run.folder, records=state.records, best=state.best, losses=state.losses)
+
+
+def begin(config: Config, world: World) -> tuple[Run, TrainState]:
+    """Everything before the first step: data, model, run folder, and the state that it goes on from.
+
+    Raises:
+        UserError: as `fit`.
+    """
+    require_same_settings(config, world)
     check_batch(config, world)
+    stop_signals(config.run.stop_signals)
     log = RunLog(config.run, first=world.first)
     labels = LabelSet()
     faces, train_M, val_M = open_parts(config, labels, world, log)
+    data = data_digest(faces, train_M, val_M, drawn=config.data.path is None)
+    require_same_data(data, world)
     torch.manual_seed(config.seed)
     model = world.node_first(lambda: build_model(config.model, config.data.size, labels))
     feed = TrainFeed(config, faces, train_M, len(labels), world.device)
@@ -74,59 +103,52 @@ def fit(config: Config, world: World | None = None, on_epoch: OnEpoch | None = N
             f"--train.global_batch {max(1, len(train_M) // world.size * world.size)} or smaller",
         )
     state = prepare(config, model, feed.steps * config.train.epochs, world, log)
+    settle(config, state, next(feed.epoch(0, rank=world.rank, size=world.size)), world)
     folder, resumes = open_run(config, world)
+    found = restore(state, folder, config, data, world, log) if resumes else Newest()
+    if config.run.resume == "auto" and config.run.name is None and not resumes:
+        log.say(f"resume: no run.name was given, so this is a new run; --run.name {folder.name} would go on with it")
     origin = provenance(world, faces.key)
-    if resumes:
-        restore(state, folder / "last.pth", world, log)
-    world.only_first(lambda: introduce(folder, config, origin))
-    records = world.from_first(world.together(partial(log.open, folder, keep=state.epoch)))
+    world.only_first(lambda: introduce(folder, config, origin, state, found))
+    world.together(lambda: log.open(folder, state.records))
     log.say(f"run folder {folder}: {describe(config, state, world)}")
-    try:
-        while goes_on(config, state):
-            record, gained = run_epoch(config, state, feed, faces, val_M, world, log)
-            written = partial(log.epoch_ends, record, labels.names, best=gained, epochs=config.train.epochs)
-            records.append(world.together(written))
-            world.only_first(partial(leave, folder, config, state, records, origin, gained))
-            if world.agree(bool(on_epoch and on_epoch(record))):
-                break
-    finally:
-        log.close()
-    assert state.best is not None
-    if state.epoch < config.train.epochs:
-        log.say(f"stopped early after epoch {state.epoch}")
-    log.say(f"best validation accuracy {100 * state.best.accuracy:.2f}%: {folder / 'best.pth'}")
-    return Result(folder=folder, records=records, best=state.best, losses=state.losses)
+    watch = Watch(config.run, world, folder)
+    run = Run(
+        config=config,
+        world=world,
+        log=log,
+        watch=watch,
+        folder=folder,
+        origin=origin,
+        data=data,
+        faces=faces,
+        val_M=val_M,
+        feed=feed,
+    )
+    return run, state
 
 
-def run_epoch(
-    config: Config,
-    state: TrainState,
-    feed: TrainFeed,
-    faces: Faces,
-    val_M: NDArray[np.int64],
-    world: World,
-    log: RunLog,
-) -> tuple[EpochRecord, bool]:
-    """Train and evaluate one epoch. Returns its record and whether it is the best so far."""
-    began = time.monotonic()
-    log.epoch_begins(state.epoch + 1, config.train.epochs, feed.steps)
-    first_step, losses = state.step, []
-    state.wrapped.train()
-    for batch in feed.epoch(state.epoch, rank=world.rank, size=world.size):
-        lr = state.schedule.set(state.optimizer, state.step)
-        losses.append(train_step(config, state, batch, world))
-        state.step += 1
-        if log.due():
-            log.step(state.epoch + 1, len(losses), feed.steps, config.train.global_batch, losses[-1].item())
-    step_losses = (world.sum_(torch.stack(losses)) / world.size).tolist()  # waits for the GPU
+def run_epoch(run: Run, state: TrainState) -> tuple[EpochRecord, bool]:
+    """Train one epoch, or what is left of it, and evaluate. Returns its record and whether it is the best so far.
+
+    Raises:
+        Stopped: a rank was asked to stop; the state is saved.
+        UserError: too many steps, or the validation loss, are not finite.
+    """
+    config, world = run.config, run.world
+    began, first = time.monotonic(), state.done
+    train_epoch(run, state)
     trained = time.monotonic()
+    run.watch.place = f"in the evaluation of epoch {state.epoch + 1}"
+    val = world.from_first(evaluate(config, state, run.faces, run.val_M, world, run.watch))
+    if world.agree(bool(run.watch.asked)):  # a rank that was has left the rest of its share
+        stop_run(run, state)
+    losses = [loss for loss in state.epoch_losses if loss is not None]
+    train_loss = sum(losses) / len(losses) if losses else math.nan
+    require_finite(train_loss, "training", state.epoch + 1)
+    require_finite(val.loss, "validation", state.epoch + 1)
     state.epoch += 1
-    log.losses(first_step, step_losses)
-    state.losses.extend(step_losses)
-    train_loss = sum(step_losses) / len(step_losses)
-    require_finite(train_loss, "training", state.epoch)
-    val = world.from_first(evaluate(config, state, faces, val_M, world))
-    require_finite(val.loss, "validation", state.epoch)
+    lr = state.schedule.lr(state.step - 1)
     gained = val.better_than(state.best, config.train.monitor)
     state.best = val if gained else state.best
     state.bad_epochs = 0 if gained else state.bad_epochs + 1
@@ -137,11 +159,37 @@ def run_epoch(
         lr=lr,
         train_loss=train_loss,
         val=val,
-        images_per_second=len(losses) * config.train.global_batch / (trained - began),
+        images_per_second=(run.feed.steps - first) * config.train.global_batch / (trained - began),
         seconds=time.monotonic() - began,
         peak_memory=max(world.gather(peak_memory(world.device))),
+        skipped=state.skipped,
+        overflows=state.overflows,
     )
     return world.from_first(record), gained
+
+
+def train_epoch(run: Run, state: TrainState) -> None:
+    """The steps that an epoch has left.
+
+    Raises:
+        Stopped: a rank was asked to stop; the state is saved.
+        UserError: too many steps in a row, or all of the epoch, were not finite.
+    """
+    config, world, watch, steps = run.config, run.world, run.watch, run.feed.steps
+    run.log.epoch_begins(state.epoch + 1, config.train.epochs, steps, state.done)
+    state.wrapped.train()
+    for batch in watch.steps(run.feed.epoch(state.epoch, rank=world.rank, size=world.size, start=state.done)):
+        watch.place = f"in epoch {state.epoch + 1}, step {state.done + 1}/{steps}"
+        state.schedule.set(state.optimizer, state.step)
+        told = train_step(config, state, batch, world, lambda: bool(watch.asked))
+        if not told.fine:
+            note_spoilt(run, state, told, batch)
+        if told.stop:
+            stop_run(run, state)
+        if config.train.save_every_steps and state.step % config.train.save_every_steps == 0:
+            save_state(run, state)
+        if run.log.due():
+            run.log.step(state.epoch + 1, state.done, steps, config.train.global_batch, told.loss)
 
 
 def goes_on(config: Config, state: TrainState) -> bool:
@@ -155,43 +203,23 @@ def require_finite(loss: float, part: str, epoch: int) -> None:
         raise UserError(f"the {part} loss is {loss} in epoch {epoch}", "a lower --optim.lr, or --optim.clip_norm 1")
 
 
-def train_step(config: Config, state: TrainState, batch: Batch, world: World) -> Tensor:
-    """One optimizer step on this rank's share; returns its mean loss (a detached scalar).
+def evaluate(
+    config: Config,
+    state: TrainState,
+    faces: Faces,
+    rows_M: NDArray[np.int64],
+    world: World,
+    watch: Watch | None = None,
+) -> Metrics:
+    """Score the deployed weights, in their own precision, on a part of the data.
 
-    The loss is a sum over pictures divided by the rank's share, and DDP averages over ranks: the
-    gradient is that of the mean over the global batch, however it is cut into ranks and
-    micro-batches. Dropout is drawn from (seed, step, rank).
+    Where `watch` is asked to stop, a rank leaves the rest of its share, and nobody may use the result.
     """
-    torch.manual_seed(((config.seed * 1_000_003 + state.step) * 65_537 + world.rank) % 2**63)
-    half = HALF.get(config.train.precision)
-    total = torch.zeros((), device=world.device, dtype=torch.float64)
-    pieces = batch.split(config.train.micro_batch or len(batch))
-    for piece in pieces:
-        with world.sync(state.wrapped, last=piece is pieces[-1]):
-            with torch.autocast(world.device.type, dtype=half) if half else nullcontext():
-                logits_NK = state.wrapped(piece.images_N1SS)
-            log_p_NK = (logits_NK.float() if half else logits_NK).log_softmax(1)
-            loss = -(piece.targets_NK.to(log_p_NK.dtype) * log_p_NK).sum() / len(batch)
-            state.scaler.scale(loss).backward()
-        total += loss.detach()
-    if config.optim.clip_norm:
-        state.scaler.unscale_(state.optimizer)
-        trainable = [p for group in state.optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(trainable, config.optim.clip_norm)
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    state.optimizer.zero_grad()
-    world.mean_(state.running_stats)
-    if state.ema:
-        state.ema.update(state.step)
-    return total
-
-
-def evaluate(config: Config, state: TrainState, faces: Faces, rows_M: NDArray[np.int64], world: World) -> Metrics:
-    """Score the deployed weights, in their own precision, on a part of the data."""
     batches = evaluation_batches(
         faces, rows_M, batch=config.train.eval_batch, rank=world.rank, size=world.size, device=world.device
     )
+    if watch is not None:
+        batches = watch.over(batches, until_asked=True)
     state.deployed.eval()
     return score(state.deployed, batches, world, classes=len(state.model.spec.labels), flip=config.train.flip_tta)
 
@@ -227,41 +255,6 @@ def open_parts(
     for note in (*faces.notes, *notes):
         log.say(f"data: {note}")
     return faces, train_M, faces.part(VAL)
-
-
-def introduce(folder: Path, config: Config, origin: dict[str, Any]) -> None:
-    """Write what a run folder says of itself before anything is trained."""
-    write_atomically(folder / "config.yaml", lambda file: file.write(config.to_yaml().encode()))
-    write_json(folder / "provenance.json", origin)
-
-
-def leave(
-    folder: Path,
-    config: Config,
-    state: TrainState,
-    records: list[dict[str, Any]],
-    origin: dict[str, Any],
-    gained: bool,
-) -> None:
-    """Write what an epoch leaves in the run folder (rank 0 only)."""
-    spec = state.model.spec
-    best = Checkpoint(
-        spec=spec,
-        weights=state.deployed.state_dict(),
-        config=config.to_dict(),
-        record=records[-1],
-        provenance=origin,
-    )
-    assert state.best is not None
-    if gained:
-        save(folder / "best.pth", best)
-        write_json(
-            folder / "report.json", {"epoch": state.epoch, "split": "val", **state.best.report(spec.labels.names)}
-        )
-        title = f"{folder.name}: validation, epoch {state.epoch}, {100 * state.best.accuracy:.2f}%"
-        plots.confusion(state.best.confusion_KK, spec.labels.names, folder / "confusion.png", title)
-    save(folder / "last.pth", Checkpoint(**{**best.__dict__, "resume": resume_state(state)}))
-    plots.curves(records, folder / "curves.png", f"{folder.name} ({spec.arch})")
 
 
 def describe(config: Config, state: TrainState, world: World) -> str:

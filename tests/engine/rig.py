@@ -15,7 +15,8 @@ from fer_dist.engine import plots, trainer
 from fer_dist.engine.metrics import Metrics
 from fer_dist.engine.runlog import RunLog
 from fer_dist.engine.state import TrainState, prepare
-from fer_dist.engine.trainer import Result, evaluate, train_step
+from fer_dist.engine.step import train_step
+from fer_dist.engine.trainer import Result, evaluate
 from fer_dist.models import build_model
 from fer_dist.spec import LabelSet
 from fer_dist.world import World
@@ -87,9 +88,7 @@ class Rig:
     def step(self) -> float:
         """One training step as `run_epoch` does it; its loss."""
         self.state.schedule.set(self.state.optimizer, self.state.step)
-        loss = train_step(self.config, self.state, self.batch(self.state.step % self.feed.steps), self.world)
-        self.state.step += 1
-        return loss.item()
+        return train_step(self.config, self.state, self.batch(self.state.step % self.feed.steps), self.world).loss
 
     def evaluate(self) -> Metrics:
         return evaluate(self.config, self.state, self.faces, self.faces.part(VAL), self.world)

@@ -15,10 +15,12 @@ from fer_dist.data.feed import evaluation_batches
 from fer_dist.engine.checkpoint import load
 from fer_dist.engine.score import score
 from fer_dist.engine.trainer import Result, fit
+from fer_dist.errors import Stopped
 from fer_dist.spec import LabelSet
 from fer_dist.world import World, join
+from tests.faults.rig import Ledger, breaking, run_whole
 from tests.ranks import torchrun
-from tests.workers.runs import AUGMENTED, no_pictures, tiny
+from tests.workers.runs import AUGMENTED, everything, no_pictures, same, stateful, tiny
 
 pytestmark = pytest.mark.gpu
 
@@ -120,3 +122,18 @@ def test_a_run_goes_on_on_another_device(begins: str, ends: str, tmp_path: Path)
     assert [record["epoch"] for record in second.records] == [1, 2]
     whole = train("patt_lite", tmp_path, **{**settings, "run__name": "whole", "run__resume": "never"})
     np.testing.assert_allclose(first.losses + second.losses, whole.losses, rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("arch", ["vit", "vit_mae", "patt_lite"])
+def test_broken_off_and_resumed_it_is_the_same_run(arch: str, tmp_path: Path) -> None:
+    """`train.deterministic`: to the bit, as on the CPU; in bfloat16, as the recipes train."""
+    settings = {"train__device": "cuda", "train__precision": "bfloat16"}
+    whole, told = run_whole(stateful(arch, tmp_path, run__name="whole", **settings))
+    ledger = Ledger()
+    for at in (5, 14):
+        with breaking(at, "signal", ledger), pytest.raises(Stopped):
+            fit(stateful(arch, tmp_path, **settings))
+    with breaking(-1, "", ledger):
+        result = fit(stateful(arch, tmp_path, **settings))
+    assert [number for number, _ in ledger] == [number for number, _ in told]
+    assert same(everything(result.folder / "last.pth"), everything(whole.folder / "last.pth"))

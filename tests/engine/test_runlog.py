@@ -152,7 +152,7 @@ def test_due_after_a_while_only(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_metrics_are_a_line_per_epoch_with_every_field(tmp_path: Path) -> None:
     log = RunLog(plain(progress="none"), first=True)
-    assert log.open(tmp_path, keep=0) == []
+    log.open(tmp_path, [])
     for epoch in (1, 2):
         log.epoch_ends(record(epoch), NAMES, best=True, epochs=2)
     log.close()
@@ -169,6 +169,8 @@ def test_metrics_are_a_line_per_epoch_with_every_field(tmp_path: Path) -> None:
             "recall": {"cat": pytest.approx(0.7), "dog": 1.0, "eel": 0.0},
             "count": 15,
         },
+        "skipped": 0,
+        "overflows": 0,
         "images_per_second": 123.5,
         "seconds": 30.0,
         "peak_memory_mib": 512.3,
@@ -178,28 +180,35 @@ def test_metrics_are_a_line_per_epoch_with_every_field(tmp_path: Path) -> None:
 
 def test_each_line_is_there_when_its_epoch_ends(tmp_path: Path) -> None:
     log = RunLog(plain(progress="none"), first=True)
-    log.open(tmp_path, keep=0)
+    log.open(tmp_path, [])
     log.epoch_ends(record(1), NAMES, best=True, epochs=2)
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 1
 
 
-@pytest.mark.parametrize("keep", [0, 2, 3, 9])
-def test_going_on_keeps_the_epochs_of_the_checkpoint_and_no_more(keep: int, tmp_path: Path) -> None:
-    """A run that was ended between metrics.jsonl and last.pth writes its epoch again, once."""
+@pytest.mark.parametrize("damage", ["none", "half a line", "gone", "other lines"])
+@pytest.mark.parametrize("keep", [0, 2, 3])
+def test_going_on_writes_the_epochs_of_the_checkpoint_and_no_more(keep: int, damage: str, tmp_path: Path) -> None:
+    """A run that was ended between metrics.jsonl and its checkpoint writes its epoch again, once; damage is mended."""
     first = RunLog(plain(progress="none"), first=True)
-    first.open(tmp_path, keep=0)
+    first.open(tmp_path, [])
     written = [first.epoch_ends(record(epoch), NAMES, best=True, epochs=9) for epoch in (1, 2, 3)]
+    path = tmp_path / "metrics.jsonl"
+    if damage == "half a line":
+        path.write_text(path.read_text() + '{"epoch": 4, "st')
+    elif damage == "gone":
+        path.unlink()
+    elif damage == "other lines":
+        path.write_text('{"epoch": 7}\n')
     again = RunLog(plain(progress="none"), first=True)
-    assert again.open(tmp_path, keep=keep) == written[:keep]
-    again.epoch_ends(record(keep + 1), NAMES, best=True, epochs=9)
-    epochs = [json.loads(line)["epoch"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert epochs == [*range(1, min(keep, 3) + 1), keep + 1]
+    again.open(tmp_path, written[:keep])
+    written[keep:] = [again.epoch_ends(record(keep + 1), NAMES, best=True, epochs=9)]
+    assert [json.loads(line) for line in path.read_text().splitlines()] == written
 
 
-def test_other_ranks_write_nothing_and_do_not_read_what_rank_0_is_rewriting(tmp_path: Path) -> None:
+def test_other_ranks_write_nothing(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text('{"epoch": 1}\n{"epo')
     log = RunLog(plain(progress="none", tensorboard=True), first=False)
-    assert log.open(tmp_path, keep=2) == []
+    log.open(tmp_path, [{"epoch": 1, "step": 20}])
     log.losses(0, [1.0])
     log.epoch_ends(record(3), NAMES, best=True, epochs=9)
     log.close()
@@ -209,7 +218,7 @@ def test_other_ranks_write_nothing_and_do_not_read_what_rank_0_is_rewriting(tmp_
 
 def test_folder_that_cannot_be_written(tmp_path: Path) -> None:
     log = RunLog(plain(progress="none"), first=True)
-    log.open(tmp_path, keep=0)
+    log.open(tmp_path, [])
     (tmp_path / "metrics.jsonl").unlink()
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(UserError, match=r"cannot write .*metrics\.jsonl"):
@@ -228,7 +237,7 @@ def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 def test_tensorboard_events(tmp_path: Path) -> None:
     log = RunLog(plain(progress="none", tensorboard=True), first=True)
-    log.open(tmp_path, keep=0)
+    log.open(tmp_path, [])
     for epoch in (1, 2):
         log.losses(20 * (epoch - 1), [float(20 * epoch + i) for i in range(20)])
         log.epoch_ends(record(epoch), NAMES, best=True, epochs=2)
@@ -248,12 +257,13 @@ def test_tensorboard_events(tmp_path: Path) -> None:
 
 def test_tensorboard_of_a_resumed_run_shows_each_step_once(tmp_path: Path) -> None:
     """Ended in epoch 3, after two whole ones: what is kept stays, what is done again is shown again only."""
+    written: list[dict[str, Any]] = []
     for begin, end, value in ((1, 3, 1.0), (3, 4, 2.0)):
         log = RunLog(plain(progress="none", tensorboard=True), first=True)
-        log.open(tmp_path, keep=begin - 1)
+        log.open(tmp_path, written[: begin - 1])
         for epoch in range(begin, end + 1):
             log.losses(20 * (epoch - 1), [value] * 20)
-            log.epoch_ends(record(epoch, accuracy=round(5 * value)), NAMES, best=True, epochs=4)
+            written.append(log.epoch_ends(record(epoch, accuracy=round(5 * value)), NAMES, best=True, epochs=4))
         log.close()
         time.sleep(1.1)  # the name of an events file holds its second, and TensorBoard reads them by name
     shown = events(tmp_path)

@@ -21,7 +21,7 @@ from fer_dist.engine import trainer
 from fer_dist.engine.checkpoint import load
 from fer_dist.engine.metrics import Metrics
 from fer_dist.engine.runlog import RunLog
-from fer_dist.engine.state import why_sync_batchnorm
+from fer_dist.engine.state import exact_kernels, why_sync_batchnorm
 from fer_dist.options import Section, walk
 from fer_dist.spec import LabelSet
 from fer_dist.world import World
@@ -473,8 +473,9 @@ def test_checkpoint_holds_the_average_as_weights(ema: float, tmp_path: Path, mon
     config = settings(train__ema=ema, train__epochs=1, train__steps_per_epoch=3, optim__lr=0.02)
     result = fit(monkeypatch, tmp_path, config)
     last = load(result.folder / "last.pth")
-    same = [torch.equal(value, last.resume["model"][name]) for name, value in last.weights.items() if value.ndim]
-    assert not any(same) if ema else all(same)
+    live = last.resume["model"]
+    assert bool(live) == bool(ema), "without an average the weights are the live ones, and stand there once"
+    assert not any(torch.equal(value, live[name]) for name, value in last.weights.items() if ema and value.ndim)
     faces = noise_faces()
     images = torch.from_numpy(faces.images_NHW[faces.part(VAL)]).unsqueeze(1)
     with torch.inference_mode():
@@ -609,15 +610,15 @@ def test_drop_copies(drop_copies: bool, tmp_path: Path, monkeypatch: pytest.Monk
 def test_device_is_the_one_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
-    def joining(device: str) -> World:
-        asked.append(device)
+    def joining(device: str, timeout_seconds: float) -> World:
+        asked.append((device, timeout_seconds))
         raise InterruptedError
 
     monkeypatch.setattr(trainer, "join", joining)
     for device in ("auto", "cuda", "cpu"):
         with pytest.raises(InterruptedError):
-            trainer.fit(settings(train__device=device))
-    assert asked == ["auto", "cuda", "cpu"]
+            trainer.fit(settings(train__device=device, run__timeout_seconds=7))
+    assert asked == [("auto", 7), ("cuda", 7), ("cpu", 7)]
 
 
 def test_validation_part_is_held_out_in_the_share_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -639,6 +640,15 @@ def test_embedded_faces_are_as_many_as_asked_and_of_their_seed(tmp_path: Path) -
         assert faces.images_NHW.shape[1:] == (SIDE, SIDE)
         opened.append(faces.images_NHW)
     assert not np.array_equal(opened[0], opened[1])
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+def test_kernels_are_exact_while_it_trains(wanted: bool) -> None:
+    train = settings(train__deterministic=wanted).train
+    before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
+    with exact_kernels(train, torch.device("cuda")):
+        assert torch.are_deterministic_algorithms_enabled() == wanted
+    assert (torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark) == before
 
 
 @pytest.mark.parametrize("tensorboard", [True, False])
@@ -702,8 +712,8 @@ def test_every_setting_is_read_by_the_code(tmp_path: Path, monkeypatch: pytest.M
         why_sync_batchnorm(settings().train, World(size=2, device=torch.device("cuda")))
     sections = {(type(section), name) for section, name in _leaves(Config())}
     names = {f"{kind.__name__}.{name}" for kind, name in sections - read}
-    # Read in the second evaluation without a gain, which one epoch does not have.
-    assert names <= {"OptimConfig.plateau_factor"}, "never read: " + ", ".join(sorted(names))
+    # Read in the second evaluation without a gain, which one epoch does not have, and after a spoilt step.
+    assert names <= {"OptimConfig.plateau_factor", "TrainConfig.max_skipped"}, "never read: " + ", ".join(sorted(names))
 
 
 def _leaves(section: Section) -> Iterator[tuple[Section, str]]:

@@ -142,7 +142,7 @@ def decisions(world: World, folder: Path) -> dict[str, Any]:
 
     def evaluate(config: Config, state: TrainState, *rest: Any) -> Metrics:
         if world.first:
-            return fake_metrics(on_rank_0[state.epoch - 1])
+            return fake_metrics(on_rank_0[state.epoch])
         return fake_metrics(0.9 - 0.05 * state.epoch if world.rank % 2 else 0.05 * state.epoch)
 
     heard = []
@@ -184,11 +184,11 @@ def faults(world: World, folder: Path) -> dict[str, str]:
         )
         found[name] = message(lambda: fit(config, world, on_epoch))
 
-    trial("nan", optim__lr=1e30, optim__name="sgd", train__steps_per_epoch=5)
+    trial("nan", optim__lr=1e30, optim__name="sgd", train__steps_per_epoch=5, train__max_skipped=2)
     trial("nan after the last step", optim__lr=1e38, optim__name="sgd", train__epochs=1)
 
     replace_file = Path.replace
-    for name in ("config.yaml", "report.json", "best.pth", "last.pth"):
+    for name in ("config.yaml", "report.json", "best.pth", "step-00000001.pth"):
 
         def full(self: Path, target: Path, name: str = name) -> Path:
             if target.name == name:
@@ -249,7 +249,23 @@ def parts(world: World, folder: Path) -> dict[str, Any]:
     x = torch.full((2,), float(world.rank + 1))
     a, b = torch.full((2, 2), float(world.rank)), torch.tensor([10.0 * world.rank])
     world.mean_([a, b])
+    image = torch.arange(24.0).view(1, 2, 3, 4).contiguous(memory_format=torch.channels_last) + world.rank
+    mine: dict[str, Any] = {
+        "image": image,
+        "list": [torch.tensor(7 + world.rank), image[0, 0].t()],
+        "none": torch.zeros(0),
+        "n": 3,
+    }
+    shared = world.share(mine)
     return {
+        "share": [
+            shared["image"].equal(image - world.rank),
+            list(shared["image"].stride()),
+            int(shared["list"][0]),
+            shared["list"][1].equal(image[0, 0].t() - world.rank),
+            list(shared["none"].shape),
+            shared["n"],
+        ],
         "rank": world.rank,
         "size": world.size,
         "sum": world.sum_(x).tolist(),

@@ -1,0 +1,133 @@
+"""SIGKILL of any rank at any moment, inside of saves, too: started again, the run ends as the unbroken one.
+
+The sweep of 100 moments is `pytest -m soak tests/faults/test_kills.py`; a few stand in the ordinary tests.
+"""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fer_dist.engine.checkpoint import load
+from tests.faults.rig import SAVE_EVERY, STEPS, Launch, begin, end, launch, require_equal
+
+Whole = Callable[[int, str], Launch]
+SLOW_S = 0.004
+"""Of each event of a save in the sweep: a save takes half a second and more."""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
+    """The unbroken run of some ranks and an architecture; each once."""
+    kept: dict[tuple[int, str], Launch] = {}
+
+    def run(ranks: int, arch: str = "patt_lite") -> Launch:
+        if (ranks, arch) not in kept:
+            found = launch(tmp_path_factory.mktemp(f"whole{ranks}{arch}"), ranks, {}, arch=arch, restarts=0)
+            found.done.ok()
+            assert [start["step"] for start in found.starts] == [0]
+            kept[ranks, arch] = found
+        return kept[ranks, arch]
+
+    return run
+
+
+def require_survived(broken: Launch, unbroken: Launch) -> None:
+    """It was killed, went on from a step beyond 0, did one save interval again at the most, and is the unbroken run."""
+    broken.done.ok()
+    assert len(broken.lines("fault.jsonl")) == 1
+    first, second = broken.starts
+    assert first["step"] == 0
+    assert second["step"] > 0
+    assert second["left_out"] == [], "a save that was broken off leaves no damaged checkpoint"
+    assert broken.redone() <= SAVE_EVERY
+    require_equal(broken, unbroken)
+    assert not list(broken.folder.rglob(".*")), "no temporary file is left"
+
+
+MOMENTS: dict[str, tuple[int, dict[str, Any]]] = {
+    "a rank in a step": (2, {"rank": 1, "step": 6, "after_s": 0.01}),
+    "rank 0 in a step of the last epoch": (2, {"rank": 0, "step": 22, "after_s": 0.0}),
+    "rank 0 while it writes": (2, {"rank": 0, "save": 12, "event": 60}),
+    "rank 0 before the rename": (2, {"rank": 0, "save": 12, "event": 118}),
+    "a rank while rank 0 writes": (2, {"rank": 1, "save": 16, "event": 50}),
+    "one of four in a step": (4, {"rank": 3, "step": 13, "after_s": 0.02}),
+    "rank 0 of four after the rename": (4, {"rank": 0, "save": 8, "event": 121}),
+}
+
+
+@pytest.mark.parametrize("moment", MOMENTS)
+def test_a_killed_run_ends_like_the_unbroken_one(moment: str, whole: Whole, tmp_path: Path) -> None:
+    ranks, fault = MOMENTS[moment]
+    broken = launch(tmp_path, ranks, {"signal": "SIGKILL", **fault}, slow_s=SLOW_S)
+    require_survived(broken, whole(ranks, "patt_lite"))
+
+
+@pytest.mark.parametrize("arch", ["vit", "vit_mae"])
+def test_each_architecture_on_four_ranks(arch: str, whole: Whole, tmp_path: Path) -> None:
+    """DDP's groups of gradients: with two ranks any order of adding gives the same bits, with four it does not."""
+    broken = launch(tmp_path, 4, {"signal": "SIGKILL", "rank": 2, "step": 10, "after_s": 0.01}, arch=arch)
+    require_survived(broken, whole(4, arch))
+
+
+def test_a_killed_launcher_takes_its_ranks_along(whole: Whole, tmp_path: Path) -> None:
+    """torchrun itself dies: its ranks see it, save and leave; the same line again goes on."""
+    process = begin(tmp_path, 2, {"signal": "SIGUSR2", "rank": 9}, slow_s=SLOW_S)
+    deadline = time.monotonic() + 120
+    while not (tmp_path / "saves.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.send(signal.SIGKILL)
+    broken = end(tmp_path, process)
+    assert broken.alive == []
+    assert broken.done.code == -signal.SIGKILL
+    assert "the end of its launcher after step" in broken.done.err
+    saved = load(broken.folder / "last.pth").resume["step"]
+    assert 0 < saved < STEPS
+    again = launch(tmp_path, 2, {})
+    again.done.ok()
+    assert [start["step"] for start in again.starts] == [0, saved]
+    assert again.hash == whole(2, "patt_lite").hash
+
+
+def moments(ranks: int, count: int, seed: int) -> list[dict[str, Any]]:
+    """Seeded moments after the first save; every third inside of a save."""
+    random = np.random.default_rng(seed)
+    found: list[dict[str, Any]] = []
+    for i in range(count):
+        fault: dict[str, Any] = {"rank": int(random.integers(ranks)), "signal": "SIGKILL"}
+        if i % 3 == 0:
+            fault |= {"save": int(random.integers(2, 6)) * SAVE_EVERY, "event": int(random.integers(124))}
+        else:
+            fault |= {"step": int(random.integers(SAVE_EVERY, STEPS - 1)), "after_s": float(random.uniform(0, 0.08))}
+        found.append(fault)
+    return found
+
+
+@pytest.mark.soak
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_sweep(ranks: int, whole: Whole, tmp_path: Path) -> None:
+    """50 moments for each number of ranks."""
+    count = int(os.environ.get("SOAK_KILLS", "50"))
+    inside = redone = 0
+    for i, fault in enumerate(moments(ranks, count, seed=ranks)):
+        broken = launch(tmp_path / str(i), ranks, fault, slow_s=SLOW_S)
+        try:
+            require_survived(broken, whole(ranks, "patt_lite"))
+        except AssertionError:
+            print(f"\nmoment {i}: {fault}\n{broken.starts}\n{broken.done.err[-3000:]}", flush=True)
+            raise
+        (strike,) = broken.lines("fault.jsonl")
+        inside += "save" in strike["where"]
+        redone += broken.redone()
+        print(
+            f"\n{ranks} ranks, moment {i}: rank {strike['rank']}, {strike['where']}; went on from step "
+            f"{broken.starts[1]['step']}, {broken.redone()} steps again",
+            flush=True,
+        )
+    print(f"\n{ranks} ranks: {count} kills survived, {inside} inside of a save, {redone} steps done again", flush=True)
+    assert inside >= count * 3 // 10

@@ -1,0 +1,139 @@
+"""Broken off inside an epoch and resumed: the same run, to the bit; at another world size, the same samples."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fer_dist.engine.checkpoint import load
+from fer_dist.engine.trainer import fit
+from fer_dist.errors import Stopped
+from tests.faults.rig import SAVE_EVERY, STEPS, Crash, Ledger, breaking, launch, run_whole
+from tests.workers.runs import everything, no_pictures, plain_lines, same, starts, stateful
+
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "vit": ("vit", {}),
+    "vit_mae": ("vit_mae", {"model__freeze_depth": 1}),
+    "patt_lite": ("patt_lite", {}),
+    "timm": ("timm:mobilenetv3_small_100", {}),
+    "float16": ("patt_lite", {"train__precision": "float16", "train__ema": 0.0}),
+    "sgd": ("patt_lite", {"optim__name": "sgd", "optim__schedule": "one_cycle", "optim__warmup": 0.3}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_stopped_at_any_step_it_is_the_same_run(case: str, tmp_path: Path) -> None:
+    """Mixup, EMA, accumulated gradients, plateau, patience, clipping and dropout; four breaks in three epochs."""
+    arch, settings = CASES[case]
+    whole, told = run_whole(stateful(arch, tmp_path, run__name="whole", **settings))
+    moved = len({record["lr"] for record in whole.records}) > 1
+    assert moved or case in ("timm", "float16"), "plateau has halved the rate in the middle"
+    config = stateful(arch, tmp_path, **settings)
+    ledger: Ledger = []
+    for at in (2, 7, 8, 17):  # inside of an epoch, its last step, the first of the next
+        with (
+            breaking(at, "signal", ledger),
+            pytest.raises(Stopped, match=f"SIGTERM after step {at + 1},"),
+        ):
+            fit(config)
+    with breaking(-1, "", ledger):
+        result = fit(config)
+    assert ledger == told, "the same samples, in the same order, as the same pictures: none lost, none twice"
+    assert [start["step"] for start in starts(result.folder)] == [0, 3, 8, 9, 18]
+    assert plain_lines(result.folder) == plain_lines(whole.folder)
+    for name in ("best.pth", "last.pth"):
+        assert same(everything(result.folder / name), everything(whole.folder / name)), name
+    reports = [json.loads((folder / "report.json").read_text()) for folder in (result.folder, whole.folder)]
+    assert reports[0] == reports[1]
+
+
+@pytest.mark.parametrize("at", [5, 8, 11])
+def test_gone_without_a_word_it_goes_on_from_the_last_save(at: int, tmp_path: Path) -> None:
+    whole, told = run_whole(stateful("patt_lite", tmp_path, run__name="whole"))
+    config, ledger = stateful("patt_lite", tmp_path), Ledger()
+    with breaking(at, "crash", ledger), pytest.raises(Crash):
+        fit(config)
+    assert len(ledger) == at
+    with breaking(-1, "", ledger):
+        result = fit(config)
+    saved = at // SAVE_EVERY * SAVE_EVERY
+    assert [start["step"] for start in starts(result.folder)] == [0, saved]
+    assert ledger[:at] == told[:at]
+    assert ledger[at:] == told[saved:], "one save interval is done again at the most"
+    assert same(everything(result.folder / "last.pth"), everything(whole.folder / "last.pth"))
+    assert plain_lines(result.folder) == plain_lines(whole.folder)
+
+
+def test_a_run_without_any_save_begins_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = stateful("vit", tmp_path, run__progress="plain")
+    with breaking(SAVE_EVERY - 1, "crash", []), pytest.raises(Crash):
+        fit(config)
+    result, ledger = run_whole(config)
+    assert "has no checkpoint yet, starting from the beginning" in capsys.readouterr().out
+    assert [start["step"] for start in starts(result.folder)] == [0, 0]
+    assert [number for number, _ in ledger] == list(range(STEPS))
+
+
+def test_auto_without_a_name_is_a_new_run_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = stateful("vit", tmp_path, run__name=None, train__epochs=1, run__progress="plain")
+    folder = run_whole(config)[0].folder
+    assert (
+        f"no run.name was given, so this is a new run; --run.name {folder.name} would go on" in capsys.readouterr().out
+    )
+
+
+def test_never_is_never(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`restart` (the default) goes on with what its launcher has started again, `never` makes a new folder."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "5")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+    folders = {}
+    for resume in ("restart", "never"):
+        config = stateful("vit", tmp_path / resume, run__name=None, run__resume=resume, train__epochs=1)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
+        with breaking(5, "crash", []), pytest.raises(Crash):
+            fit(config)
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+        folders[resume] = run_whole(config)[0].folder
+    assert [len(list((tmp_path / resume).iterdir())) for resume in folders] == [1, 2]
+    assert [start["step"] for start in starts(folders["restart"])] == [0, 4]
+    assert [start["step"] for start in starts(folders["never"])] == [0]
+
+
+def test_a_changed_setting_is_told_and_takes_effect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another rate, weight decay and more epochs: what does not decide the order of samples may change."""
+    config = stateful("vit", tmp_path, optim__schedule="constant", run__progress="plain")
+    with breaking(10, "signal", []), pytest.raises(Stopped):
+        fit(config)
+    changed = {"optim.lr": 2e-4, "optim.weight_decay": 0.5, "train.epochs": 4}
+    with no_pictures():
+        result = fit(config.override(changed))
+    told = capsys.readouterr().out
+    assert (
+        "settings have changed: optim.lr 0.001 -> 0.0002; optim.weight_decay 0.05 -> 0.5; train.epochs 3 -> 4" in told
+    )
+    assert [record["lr"] for record in result.records] == [1e-3, 2e-4, 2e-4, 2e-4]
+    groups = load(result.folder / "last.pth").resume["optimizer"]["param_groups"]
+    assert {group["lr"] for group in groups} == {2e-4}
+    assert {group["weight_decay"] for group in groups} == {0.0, 0.5}
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 1e-5), ("float64", 1e-12)])
+def test_at_another_world_size_the_same_samples_and_losses(precision: str, tolerance: float, tmp_path: Path) -> None:
+    """Four ranks, then two, then one, each told to stop inside an epoch; against one rank that was never broken."""
+    settings = {"model__dropout": 0.0, "train__precision": precision, "train__micro_batch": None}
+    whole, told = run_whole(stateful("vit", tmp_path, run__name="whole", **settings))
+    for ranks, stop in ((4, 5), (2, 13)):
+        fault = {"rank": ranks - 1, "signal": "SIGTERM", "step": stop, "after_s": 0.0}
+        assert launch(tmp_path, ranks, fault, arch="vit", settings=settings, restarts=0).done.code == 1
+    last = launch(tmp_path, 1, {}, arch="vit", settings=settings)
+    last.done.ok()
+    assert [start["world_size"] for start in last.starts] == [4, 2, 1]
+    steps = [start["step"] for start in last.starts]
+    assert 0 < steps[1] < steps[2] < STEPS
+    assert steps[1] % SAVE_EVERY or steps[2] % SAVE_EVERY, "it was stopped between two saves"
+    assert list(last.ledger().items()) == told, "the same samples, in the same order, as the same pictures"
+    losses = [record["train_loss"] for record in plain_lines(last.folder)]
+    theirs = [record["train_loss"] for record in plain_lines(whole.folder)]
+    np.testing.assert_allclose(losses, theirs, rtol=0, atol=tolerance)

@@ -1,0 +1,235 @@
+"""Told to stop: the ranks agree, save after their step and leave with code 75; a lost rank is not waited for."""
+
+import json
+import os
+import signal
+import sys
+import time
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fer_dist.config import RunConfig
+from fer_dist.data.feed import evaluation_batches
+from fer_dist.engine import trainer
+from fer_dist.engine import watch as watch_module
+from fer_dist.engine.checkpoint import load
+from fer_dist.engine.trainer import fit
+from fer_dist.engine.watch import LAST_STEP_S, Watch, stop_signals
+from fer_dist.errors import EXIT_RANK_LOST, EXIT_STOPPED, Stopped, UserError
+from fer_dist.world import World
+from tests.faults.rig import FAULT, Launch, launch
+from tests.ranks import Process, start_by_hand
+from tests.workers.runs import everything, no_pictures, same, stateful
+
+TRAIN = ["-m", "fer_dist.train"]
+
+
+def ranks(out: Path, fault: dict[str, Any], settings: dict[str, Any] | None = None) -> list[Process]:
+    """Two ranks of the worker without a launcher that would end them."""
+    return start_by_hand(2, FAULT, str(out), "patt_lite", json.dumps(settings or {}), json.dumps(fault))
+
+
+def until(path: Path, lines: int, patience: float = 120) -> None:
+    """Wait for so many lines in a file."""
+    deadline = time.monotonic() + patience
+    while not path.exists() or len(path.read_text().splitlines()) < lines:
+        assert time.monotonic() < deadline, f"{path} has no {lines} lines"
+        time.sleep(0.01)
+
+
+def step_of(out: Path) -> int:
+    step = load(out / "run" / "last.pth").resume["step"]
+    assert isinstance(step, int)
+    return step
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    found = launch(tmp_path_factory.mktemp("whole"), 2, {}, restarts=0)
+    found.done.ok()
+    return found
+
+
+@pytest.mark.parametrize(("name", "rank"), [("SIGTERM", 1), ("SIGUSR1", 0), ("SIGINT", 1)])
+def test_a_signal_to_one_rank_stops_all_at_one_step(name: str, rank: int, whole: Launch, tmp_path: Path) -> None:
+    done = [process.wait() for process in ranks(tmp_path, {"rank": rank, "signal": name, "step": 9, "after_s": 0})]
+    assert [one.code for one in done] == [EXIT_STOPPED, EXIT_STOPPED] == [75, 75]
+    step = step_of(tmp_path)
+    assert 10 <= step <= 12, "the step that was on its way, and the next at the most"
+    assert done[0].err == (
+        f"stopped: {name} after step {step}, which is saved in {tmp_path}/run\n"
+        f"  -> the same line with --run.dir {tmp_path} --run.name run --run.resume auto goes on\n"
+    )
+    assert done[1].err == ""
+    if name == "SIGTERM":
+        again = launch(tmp_path, 2, {}, restarts=0)
+        again.done.ok()
+        assert again.hash == whole.hash
+
+
+def test_a_second_signal_does_not_disturb_the_save(whole: Launch, tmp_path: Path) -> None:
+    """The launcher, SLURM and a person in a hurry: both ranks get more signals while rank 0 saves."""
+    settings = {"train__save_every_steps": None}
+    os.environ["SLOW_S"] = "0.02"
+    try:
+        started = ranks(tmp_path, {"rank": 0, "signal": "SIGTERM", "step": 5, "after_s": 0}, settings)
+    finally:
+        del os.environ["SLOW_S"]
+    until(tmp_path / "fault.jsonl", 1)
+    for _ in range(10):
+        for process in started:
+            for number in (signal.SIGTERM, signal.SIGUSR1):
+                process.send(number)
+        time.sleep(0.05)
+    assert [process.wait().code for process in started] == [EXIT_STOPPED, EXIT_STOPPED]
+    assert step_of(tmp_path) in (6, 7)
+    again = launch(tmp_path, 2, {}, settings=settings, restarts=0)
+    again.done.ok()
+    assert again.hash == whole.hash
+
+
+def test_within_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is broken off and done again: the steps before it are saved."""
+    config = stateful("vit", tmp_path, run__name="run")
+    with no_pictures():
+        whole = fit(config.override({"run.name": "whole"}))
+    served: list[int] = []
+
+    def batches(*args: Any, **keywords: Any) -> Any:
+        for batch in evaluation_batches(*args, **{**keywords, "batch": 10}):
+            served.append(len(served))
+            if len(served) == 3:
+                os.kill(os.getpid(), signal.SIGTERM)
+            yield batch
+
+    with no_pictures(), monkeypatch.context() as patch:
+        patch.setattr(trainer, "evaluation_batches", batches)
+        with pytest.raises(Stopped, match="SIGTERM after step 8"):
+            fit(config)
+    assert len(served) in (3, 4), "the rest of 60 pictures was left out"
+    resume = load(tmp_path / "run" / "last.pth").resume
+    assert (resume["epoch"], resume["step"], len(resume["losses"])) == (0, 8, 8)
+    with no_pictures():
+        result = fit(config)
+    assert same(everything(result.folder / "last.pth"), everything(whole.folder / "last.pth"))
+
+
+def test_a_dead_rank_is_not_waited_for(tmp_path: Path) -> None:
+    """Rank 1 is killed, rank 0 told to stop, as torchrun does: it leaves at once and saves nothing."""
+    started = ranks(tmp_path, {"rank": 1, "signal": "SIGKILL", "step": 9, "after_s": 0})
+    until(tmp_path / "fault.jsonl", 1)
+    started[0].send(signal.SIGTERM)
+    begun = time.monotonic()
+    done = [process.wait() for process in started]
+    assert time.monotonic() - begun < LAST_STEP_S
+    assert [one.code for one in done] == [EXIT_RANK_LOST, -signal.SIGKILL]
+    assert done[0].err.startswith("error: rank 0: another rank is gone (")
+    assert "Traceback" not in done[0].err
+    assert step_of(tmp_path) == 8
+
+
+def test_a_rank_that_hangs_is_not_waited_for(tmp_path: Path) -> None:
+    """As with NCCL, where the death of a rank is silence: rank 1 stands still, and no signal handler runs in rank 0."""
+    started = ranks(tmp_path, {"rank": 1, "signal": "SIGSTOP", "step": 9, "after_s": 0})
+    until(tmp_path / "fault.jsonl", 1)
+    time.sleep(1)
+    started[0].send(signal.SIGTERM)
+    begun = time.monotonic()
+    done = started[0].wait()
+    waited = time.monotonic() - begun
+    started[1].send(signal.SIGKILL)
+    started[1].wait()
+    assert done.code == EXIT_RANK_LOST == 69
+    assert 0.9 * LAST_STEP_S < waited < LAST_STEP_S + 10
+    assert "told to stop, and waiting for another rank for" in done.err
+    assert step_of(tmp_path) == 8, "nothing is saved"
+
+
+def test_one_process_as_a_person_starts_it(tmp_path: Path) -> None:
+    """Ctrl-C in `python -m fer_dist.train`: saved, said how to go on, code 75; and what was said works."""
+    words = ["--data.embedded_train", "640", "--data.embedded_val", "70", "--train.global_batch", "16"]
+    words += ["--train.epochs", "3", "--run.dir", str(tmp_path / "runs"), "--train.device", "cpu"]
+    process = Process([sys.executable, *TRAIN, *words, "--run.progress", "plain"], cwd=tmp_path)
+    deadline = time.monotonic() + 120
+    while not any(path.read_text() for path in tmp_path.glob("runs/*/metrics.jsonl")):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send(signal.SIGINT)
+    done = process.wait()
+    assert done.code == EXIT_STOPPED
+    (folder,) = (tmp_path / "runs").iterdir()
+    advice = done.err.splitlines()[-1].removeprefix("  -> the same line with ").removesuffix(" goes on").split()
+    assert advice == ["--run.dir", str(tmp_path / "runs"), "--run.name", folder.name, "--run.resume", "auto"]
+    again = Process([sys.executable, *TRAIN, *words, *advice], cwd=tmp_path).wait().ok()
+    assert f"resume: {folder}/checkpoints/step-" in again.out
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == [folder.name]
+
+
+# -- the watch itself
+
+
+def test_names_of_signals() -> None:
+    assert stop_signals("SIGTERM, usr1,SIGRTMIN") == {15: "SIGTERM", 10: "SIGUSR1", 34: "SIGRTMIN"}
+    assert stop_signals("none") == {}
+
+
+@pytest.mark.parametrize("names", ["SIGKILL", "SIGSTOP", "SIGTERM,", "15", "TERM;USR1"])
+def test_names_that_are_none(names: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"run\.stop_signals has .*, expected names of signals that can be caught"):
+        fit(stateful("vit", tmp_path, run__stop_signals=names))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_handlers_are_there_for_the_training_only(tmp_path: Path) -> None:
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)}
+    with Watch(RunConfig(stop_signals="SIGTERM,SIGUSR1"), World(), tmp_path) as watch:
+        assert signal.getsignal(signal.SIGTERM) != before[signal.SIGTERM]
+        assert signal.getsignal(signal.SIGINT) == before[signal.SIGINT]
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.01)
+        assert watch.asked == "SIGUSR1"
+        assert list(watch.over([1, 2])) == [1, 2]
+        assert list(watch.over([1, 2], until_asked=True)) == []
+    assert {number: signal.getsignal(number) for number in before} == before
+    assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_control_c_again_is_at_once(tmp_path: Path) -> None:
+    with Watch(RunConfig(), World(), tmp_path) as watch:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.01)
+        assert watch.asked == "SIGINT"
+        with pytest.raises(KeyboardInterrupt):  # noqa: PT012
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(1)
+
+
+@pytest.mark.parametrize(("where", "leaves"), [("steps", True), ("save", False), ("evaluation", False)])
+def test_where_a_told_rank_is_in_a_hurry(
+    where: str, leaves: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a step it waits for nobody for long; a save of rank 0, or its own share of an evaluation, takes its time."""
+    left: list[str] = []
+    monkeypatch.setattr(Watch, "_leave", lambda watch, why: left.append(why))
+    monkeypatch.setattr(watch_module, "LAST_STEP_S", 0.2)
+    with Watch(RunConfig(), World(size=2), tmp_path) as watch:
+        os.kill(os.getpid(), signal.SIGTERM)
+        for _ in watch.over([0]) if where == "evaluation" else watch.steps([0]):
+            with watch.saving() if where == "save" else nullcontext():
+                time.sleep(1.0)
+    assert bool(left) == leaves
+
+
+def test_outside_of_the_main_thread_signals_are_left_alone(tmp_path: Path) -> None:
+    """Ray runs a trial in a thread: there, Python lets nobody install a handler."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    def inside() -> Any:
+        with Watch(RunConfig(), World(), tmp_path):
+            return signal.getsignal(signal.SIGTERM)
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(inside).result() == signal.getsignal(signal.SIGTERM)

@@ -1,0 +1,157 @@
+"""A rank that stands still is noticed, with the stacks of the living; ranks that do not fit together do not start."""
+
+import dataclasses
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from fer_dist.config import RunConfig
+from fer_dist.data.faces import TRAIN, VAL
+from fer_dist.engine.same import data_digest
+from fer_dist.engine.watch import Watch
+from fer_dist.errors import EXIT_RANK_LOST
+from fer_dist.world import World
+from tests.engine.rig import noise_faces
+from tests.faults.rig import launch, require_equal
+from tests.ranks import python
+
+
+def write_faces(folder: Path, seed: int) -> None:
+    """A small fer2013.csv of noise."""
+    random = np.random.default_rng(seed)
+    rows = [
+        f"{i % 7},{' '.join(map(str, random.integers(0, 256, 2304)))},{'Training' if i < 128 else 'PublicTest'}"
+        for i in range(128 + 14)
+    ]
+    folder.mkdir(parents=True)
+    (folder / "fer2013.csv").write_text("\n".join(["emotion,pixels,Usage", *rows]) + "\n")
+
+
+def test_a_rank_that_stands_still_is_noticed_and_the_run_ends_like_the_unbroken_one(tmp_path: Path) -> None:
+    """SIGSTOP of one of four; torchrun itself then waits 30 s before it kills what does not heed its SIGTERM."""
+    whole = launch(tmp_path / "whole", 4, {}, restarts=0)
+    fault = {"rank": 2, "signal": "SIGSTOP", "step": 13, "after_s": 0}
+    broken = launch(tmp_path / "broken", 4, fault, settings={"run__timeout_seconds": 5})
+    broken.done.ok()
+    (strike,) = broken.lines("fault.jsonl")
+    stacks = broken.folder / "stacks"
+    assert sorted(path.name for path in stacks.iterdir()) == ["rank-0.txt", "rank-1.txt", "rank-3.txt"]
+    for path in stacks.iterdir():
+        text = path.read_text()
+        assert "no progress for 5 s (run.timeout_seconds) in epoch 2, step 6/8" in text
+        assert re.search(r'engine/step.py", line \d+ in (train_step|backward)', text), "where it waited"
+        assert 0 < path.stat().st_mtime - strike["time"] < 5 + 3, "noticed in time"
+    assert len(re.findall(r"error: rank \d: no progress for 5 s", broken.done.err)) == 3
+    assert [start["step"] for start in broken.starts] == [0, 12]
+    require_equal(broken, whole)
+
+
+def test_one_process_is_left_to_its_owner(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without a launcher that would start it again: the stacks are written, and it goes on."""
+    with Watch(RunConfig(timeout_seconds=0.3), World(), tmp_path) as watch:
+        watch.place = "in step 3"
+        time.sleep(1.0)
+        asked = watch.asked
+    assert asked == ""
+    assert "no progress for 0.3 s (run.timeout_seconds) in step 3; stacks in" in capsys.readouterr().err
+    assert "test_one_process_is_left_to_its_owner" in (tmp_path / "stacks" / "rank-0.txt").read_text()
+
+
+def test_a_rank_leaves_though_its_stacks_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "stacks").write_text("a file in the place of the folder")
+    code = f"""
+import os, time
+from pathlib import Path
+from fer_dist.config import RunConfig
+from fer_dist.data.faces import TRAIN, VAL
+from fer_dist.engine.watch import Watch
+from fer_dist.world import World
+os.environ["RANK"] = "1"
+with Watch(RunConfig(timeout_seconds=0.2), World(rank=1, size=2), Path({str(tmp_path)!r})):
+    time.sleep(60)
+"""
+    done = python("-c", code)
+    assert done.code == EXIT_RANK_LOST
+    assert "error: rank 1: no progress for 0.2 s" in done.err
+    assert "its stacks cannot be written" in done.err
+
+
+def test_progress_is_what_beats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Watch(RunConfig(timeout_seconds=1.0), World(), tmp_path) as watch:
+        for _ in watch.over(range(8)):
+            time.sleep(0.3)
+    assert capsys.readouterr().err == ""
+    assert not (tmp_path / "stacks").exists()
+
+
+OTHER: dict[str, tuple[dict[str, Any], str]] = {
+    "setting": ({"optim__lr": 0.5}, "rank 1 was given optim.lr 0.5, rank 0 0.001"),
+    "several": (
+        {"train__epochs": 9, "model__options__channels": 16},
+        "rank 1 was given model.options.channels 16, rank 0 32; train.epochs 9, rank 0 3",
+    ),
+    "batch": ({"train__global_batch": 7}, "rank 1 was given train.global_batch 7, rank 0 16"),
+}
+
+
+@pytest.mark.parametrize("case", OTHER)
+def test_ranks_of_other_settings_do_not_start(case: str, tmp_path: Path) -> None:
+    settings, message = OTHER[case]
+    ended = launch(tmp_path, 2, {"rank": 1, "settings": settings}, restarts=0)
+    assert ended.done.code == 1, "torchrun's own"
+    assert ended.done.err.startswith(f"error: {message}\n  -> start all nodes with the same line\n")
+    assert ended.done.err.count("error: ") == 1
+    assert "exitcode  : 2 " in ended.done.err
+    assert not ended.folder.exists()
+
+
+def test_ranks_of_other_data_do_not_start(tmp_path: Path) -> None:
+    """The same path, as on two nodes, and not the same pictures."""
+    for rank in (0, 1):
+        write_faces(tmp_path / f"data{rank}", seed=rank)
+    settings = {"data__path": str(tmp_path / "data0")}
+    fault = {"rank": 1, "settings": {"data__path": str(tmp_path / "data1")}}
+    ended = launch(tmp_path / "other", 2, fault, settings=settings, restarts=0)
+    assert re.match(r"error: rank 1 has other data than rank 0: digest \w{16} instead of \w{16}\n  -> ", ended.done.err)
+    assert not ended.folder.exists()
+
+
+def test_ranks_of_the_same_data_in_other_places_do_start(tmp_path: Path) -> None:
+    """Each node has its own copy, cache and name for it."""
+    for rank in (0, 1):
+        write_faces(tmp_path / f"data{rank}", seed=0)
+    settings = {"data__path": str(tmp_path / "data0"), "train__epochs": 1, "data__cache_dir": str(tmp_path / "cache0")}
+    there = {"data__path": str(tmp_path / "data1"), "data__cache_dir": str(tmp_path / "cache1")}
+    launch(tmp_path / "same", 2, {"rank": 1, "settings": there}, settings=settings, restarts=0).done.ok()
+
+
+def test_what_a_digest_tells_apart() -> None:
+    faces = noise_faces()
+    train, val = faces.part(TRAIN), faces.part(VAL)
+    digest = data_digest(faces, train, val, drawn=False)
+    assert digest == data_digest(noise_faces(), train, val, drawn=False)
+    images_NHW = faces.images_NHW.copy()
+    images_NHW[5, 3, 3] ^= 1
+    others = [
+        data_digest(faces, val, train, drawn=False),
+        data_digest(faces, train[::-1], val, drawn=False),
+        data_digest(dataclasses.replace(faces, labels_N=faces.labels_N[::-1]), train, val, drawn=False),
+        data_digest(dataclasses.replace(faces, images_NHW=images_NHW), train, val, drawn=False),
+        data_digest(faces, train, val, drawn=True),
+        data_digest(dataclasses.replace(faces, key="other"), train, val, drawn=True),
+    ]
+    assert len({digest, *others}) == 1 + len(others)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_with_other_weights_takes_those_of_rank_0(rank: int, tmp_path: Path) -> None:
+    """Another file on another node, or a processor that rounds otherwise: live weights and EMA are rank 0's."""
+    ended = launch(tmp_path, 2, {"rank": rank, "weights": True}, settings={"train__epochs": 1}, restarts=0)
+    ended.done.ok()
+    ranks = [ended.lines(f"digests-{number}.jsonl") for number in range(2)]
+    assert len(ranks[0]) == 3
+    assert ranks[0] == ranks[1]
