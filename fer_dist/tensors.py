@@ -15,6 +15,7 @@ import zipfile
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import safetensors
 import safetensors.torch
 import torch
 
@@ -70,6 +71,20 @@ def read_tensors(path: str | Path) -> Any:
             return _read(file, path)
         except Exception as error:  # a damaged file fails in zipfile, torch and safetensors in a dozen ways
             raise NotTensors(first_line(error)) from error
+
+
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """The texts that a `.safetensors` file carries beside its tensors; `read_tensors` has read it before.
+
+    Raises:
+        OSError: there is no such file, or it cannot be opened.
+        NotTensors: it is damaged or of another form.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except safetensors.SafetensorError as error:
+        raise NotTensors(first_line(error)) from error
 
 
 def _read(file: BinaryIO, path: Path) -> Any:

@@ -168,7 +168,7 @@ LOADERS = {
     "torch.hub.load": (),
     "torch.hub.load_state_dict_from_url": (),
     "torch.package": (),
-    "safetensors.safe_open": (),
+    "safetensors.safe_open": ("fer_dist/tensors.py",),
     "safetensors.torch.load": (),
     "safetensors.torch.load_file": ("fer_dist/tensors.py",),
     "timm.models.load_state_dict": (),

@@ -44,7 +44,7 @@ def test_under_torchrun(tmp_path: Path) -> None:
     assert json.loads((folder / "provenance.json").read_text())["world_size"] == 2
     assert {path.name for path in folder.iterdir()} == {
         *("config.yaml", "provenance.json", "launch.json", "metrics.jsonl", "tensorboard"),
-        *("curves.png", "confusion.png", "report.json", "best.pth", "last.pth"),
+        *("curves.png", "confusion.png", "report.json", "best.pth", "last.pth", "checkpoints", "starts.jsonl"),
     }
 
 
@@ -105,5 +105,5 @@ def test_it_goes_on_where_it_was(tmp_path: Path) -> None:
     words = [*TRAIN, *TINY, "--run.name", "mine", "--run.resume", "auto"]
     python(*words, cwd=tmp_path).ok()
     done = python(*words, cwd=tmp_path).ok()
-    assert "after epoch 2" in done.out
+    assert "runs/mine/checkpoints/step-00000010.pth, after step 10: 2 epochs, 0 steps of the next" in done.out
     assert len((tmp_path / "runs" / "mine" / "metrics.jsonl").read_text().splitlines()) == 2

@@ -10,7 +10,6 @@ from io import BufferedRandom
 from pathlib import Path
 from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from fer_dist.errors import UserError
 from fer_dist.models import build
 from fer_dist.models.base import FaceModel
 from fer_dist.spec import ModelSpec
-from fer_dist.tensors import NotTensors, read_tensors
+from fer_dist.tensors import NotTensors, read_metadata, read_tensors
 
 FORMAT = 2
 SEAL = b"fer_dist sha256 "
@@ -194,10 +193,8 @@ def _read_sealed(path: Path) -> Any:
 def _read_safetensors(path: Path) -> Any:
     """What `write_safetensors` has written, as `save` would have it; None where it was something else."""
     weights = read_tensors(path)
-    with safetensors.safe_open(path, framework="pt") as file:
-        about = (file.metadata() or {}).get("fer_dist", "")
     try:
-        content = json.loads(about[:MOST_METADATA])
+        content = json.loads(read_metadata(path).get("fer_dist", "")[:MOST_METADATA])
     except (ValueError, RecursionError):
         return None
     if not isinstance(content, dict) or content.get("weights") != digest(weights):

@@ -203,7 +203,7 @@ def restore(state: TrainState, folder: Path, config: Config, data: str, world: W
         ) from None
     if changed:
         log.say(f"resume: settings have changed: {'; '.join(changed)}")
-    log.say(f"resume: {found.path}, step {state.step}, {state.epoch} epochs done and {state.done} steps of the next")
+    log.say(f"resume: {found.path}, after step {state.step}: {state.epoch} epochs, {state.done} steps of the next")
     return found
 
 
