@@ -23,7 +23,7 @@ class RunConfig(Section):
     )
     keep: int = option(2, "checkpoints to go on from that stay in the run folder [files]", low=1)
     stop_signals: str = option(
-        "SIGTERM,SIGUSR1,SIGINT", "signals that make a run save after its step and leave with exit code 75"
+        "SIGTERM,SIGUSR1,SIGINT,SIGHUP", "signals that make a run save after its step and leave with exit code 75"
     )
     timeout_seconds: float = option(
         600.0, "a rank that comes no further for so long leaves, with its stacks in the run folder [s]", above=0

@@ -38,8 +38,8 @@ def save_step(folder: Path, checkpoint: Checkpoint, step: int, keep: int) -> Pat
 
 def step_files(folder: Path) -> list[Path]:
     """The checkpoints of a run folder that one can go on from, the newest first."""
-    found = [path for path in (folder / "checkpoints").glob("step-*.pth") if STEP_NAME.fullmatch(path.name)]
-    return sorted(found, key=_step_of, reverse=True)
+    found = (path for path in (folder / "checkpoints").glob("step-*.pth") if STEP_NAME.fullmatch(path.name))
+    return sorted((path for path in found if path.is_file()), key=_step_of, reverse=True)
 
 
 @dataclass(frozen=True, kw_only=True)

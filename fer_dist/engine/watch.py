@@ -111,7 +111,9 @@ class Watch:
         if self._main:
             os.set_blocking(self._wake, False)
             self._wakeup_before = signal.set_wakeup_fd(self._wake, warn_on_full_buffer=False)
-            self._before = {number: signal.signal(number, self._note) for number in self._signals}
+            for number in self._signals:
+                if signal.getsignal(number) != signal.SIG_IGN:  # nohup, or a shell's background job
+                    self._before[number] = signal.signal(number, self._note)
         self.beat()
         self._longest = 0.0
         self._thread.start()

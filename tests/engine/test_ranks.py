@@ -23,7 +23,7 @@ EVERY = ["counts", "ledger", "parts"]
 TRAINING = [*EVERY, "losses", "states", "faults", "attach"]
 NAMES = {
     1: [*TRAINING, "decisions"],
-    2: [*TRAINING, "one_loss", "losses_unshared", "unbroken", "stop_on_last_rank"],
+    2: [*TRAINING, "settled", "one_loss", "losses_unshared", "unbroken", "stop_on_last_rank"],
     3: [*EVERY, "decisions", "check_batch"],
     4: [*TRAINING, "states_unaveraged"],
 }
@@ -148,6 +148,11 @@ def test_a_rank_with_its_own_statistics_would_be_seen(findings: Callable[[int], 
     for ranks in zip(*(rank["states_unaveraged"] for rank in findings(4)), strict=True):
         assert len({live for live, _ in ranks}) == 4
         assert len({deployed for _, deployed in ranks}) == 4
+
+
+def test_the_first_backward_pass_leaves_no_trace(findings: Callable[[int], Found]) -> None:
+    before, after = findings(2)[0]["settled"]
+    assert before == after
 
 
 # -- the same decisions

@@ -3,10 +3,12 @@
 import json
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
 
+from fer_dist.engine import plots, run
 from fer_dist.engine.checkpoint import load
 from fer_dist.engine.trainer import fit
 from fer_dist.errors import Stopped
@@ -63,6 +65,22 @@ def test_gone_without_a_word_it_goes_on_from_the_last_save(at: int, tmp_path: Pa
     assert ledger[:at] == told[:at]
     assert ledger[at:] == told[saved:], "one save interval is done again at the most"
     assert same(everything(result.folder / "last.pth"), everything(whole.folder / "last.pth"))
+    assert plain_lines(result.folder) == plain_lines(whole.folder)
+
+
+@pytest.mark.parametrize("name", ["_write_best", "save_step", "curves"])
+def test_gone_at_the_end_of_an_epoch_no_best_model_is_lost(name: str, tmp_path: Path) -> None:
+    """Between its line in metrics.jsonl, its best model, its state and its pictures."""
+    short = {"train__save_every_steps": None, "train__epochs": 1}
+    whole, _ = run_whole(stateful("patt_lite", tmp_path, run__name="whole", **short))
+    config = stateful("patt_lite", tmp_path, **short)
+    with no_pictures(), mock.patch.object(plots if name == "curves" else run, name, side_effect=Crash):  # noqa: SIM117
+        with pytest.raises(Crash):
+            fit(config)
+    result, _ = run_whole(config)
+    assert [start["step"] for start in starts(result.folder)] == [0, 8 * (name == "curves")]
+    for file in ("best.pth", "last.pth"):
+        assert same(everything(result.folder / file), everything(whole.folder / file)), file
     assert plain_lines(result.folder) == plain_lines(whole.folder)
 
 

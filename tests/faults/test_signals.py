@@ -20,7 +20,7 @@ from fer_dist.engine.trainer import fit
 from fer_dist.engine.watch import LAST_STEP_S, Watch, stop_signals
 from fer_dist.errors import EXIT_RANK_LOST, EXIT_STOPPED, Stopped, UserError
 from fer_dist.world import World
-from tests.faults.rig import FAULT, Launch, launch
+from tests.faults.rig import FAULT, Crash, Launch, launch
 from tests.ranks import Process, start_by_hand
 from tests.workers.runs import everything, no_pictures, same, stateful
 
@@ -117,6 +117,18 @@ def test_within_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert same(everything(result.folder / "last.pth"), everything(whole.folder / "last.pth"))
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_rank_within_an_evaluation(rank: int, whole: Launch, tmp_path: Path) -> None:
+    """It leaves its share, the other finishes its own: both stop there, and the evaluation is done again."""
+    done = [process.wait() for process in ranks(tmp_path, {"rank": rank, "signal": "SIGTERM", "evaluation": 8})]
+    assert [one.code for one in done] == [EXIT_STOPPED, EXIT_STOPPED]
+    assert step_of(tmp_path) == 8
+    again = launch(tmp_path, 2, {}, restarts=0)
+    again.done.ok()
+    assert [start["step"] for start in again.starts] == [0, 8]
+    assert again.hash == whole.hash
+
+
 def test_a_dead_rank_is_not_waited_for(tmp_path: Path) -> None:
     """Rank 1 is killed, rank 0 told to stop, as torchrun does: it leaves at once and saves nothing."""
     started = ranks(tmp_path, {"rank": 1, "signal": "SIGKILL", "step": 9, "after_s": 0})
@@ -195,6 +207,39 @@ def test_handlers_are_there_for_the_training_only(tmp_path: Path) -> None:
         assert list(watch.over([1, 2], until_asked=True)) == []
     assert {number: signal.getsignal(number) for number in before} == before
     assert signal.set_wakeup_fd(-1) == -1
+
+
+def test_signals_that_are_ignored_stay_so(tmp_path: Path) -> None:
+    """nohup ignores SIGHUP for what it starts: the end of the terminal must not stop the run."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with Watch(RunConfig(), World(), tmp_path) as watch:
+            os.kill(os.getpid(), signal.SIGHUP)
+            time.sleep(0.01)
+            assert watch.asked == ""
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("launched", "error", "ignored"), [(True, Stopped, True), (False, Stopped, False), (True, Crash, False)]
+)
+def test_a_rank_that_was_stopped_is_on_its_way(
+    launched: bool, error: type[Exception], ignored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its launcher sees another rank leave and sends SIGTERM, between the end of the watch and the exit code."""
+    monkeypatch.setenv("RANK", "0") if launched else monkeypatch.delenv("RANK", raising=False)
+    before = {
+        number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
+    }
+    try:
+        with pytest.raises(error), Watch(RunConfig(), World(), tmp_path):
+            raise error
+        assert (signal.getsignal(signal.SIGTERM) == signal.SIG_IGN) == ignored
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def test_control_c_again_is_at_once(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ FAULT: {"rank": R, "signal": "SIGKILL", "step": S, "after_s": T}: T seconds afte
        {"rank": R, "signal": ..., "save": S, "event": E}: in the save after S steps, at its E-th event
        (some bytes written, fsync, rename, link, removal), or E times SLOW_S after its begin for a rank
        that does not write;
+       {"rank": R, "signal": ..., "evaluation": S}: within the evaluation after S steps;
        {"rank": R, "spoil": {"S": "loss" | "gradient" | "statistics", ...}}: a NaN there in step S;
        {"rank": R, "settings": {...}}: other settings for that rank;
        {"rank": R, "weights": true}: other initial weights.
@@ -80,6 +81,11 @@ class Faulty:
             threading.Timer(self._fault["after_s"], self.strike, [f"step {state.step}"]).start()
         return step.train_step(config, state, batch, world, *rest)
 
+    def evaluate(self, config: Any, state: Any, *rest: Any) -> Any:
+        if self._fault.get("evaluation") == state.step:
+            self.strike(f"evaluation after {state.step} steps")
+        return evaluate(config, state, *rest)
+
     def backward(self, config: Any, state: Any, batch: Any, world: World) -> Tensor:
         """The real one, spoilt before the ranks tell each other of it; but for a gradient, which they share."""
         loss = backward(config, state, batch, world)
@@ -150,6 +156,7 @@ class Faulty:
             for target, name, new in (
                 (trainer, "train_step", self.train_step),
                 (trainer, "build_model", self.build_model),
+                (trainer, "evaluate", self.evaluate),
                 (trainer, "save_state", self.save_state),
                 (run, "save_state", self.save_state),
                 (run, "save_step", self.save_step),
@@ -164,7 +171,7 @@ class Faulty:
             yield
 
 
-backward, save_state, torch_save = step.backward, run.save_state, torch.save
+backward, evaluate, save_state, torch_save = step.backward, trainer.evaluate, run.save_state, torch.save
 
 
 def main() -> None:

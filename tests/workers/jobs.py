@@ -136,6 +136,22 @@ def states_unaveraged(world: World, folder: Path) -> list[tuple[str, str]]:
         return states(world, folder / "unaveraged")
 
 
+def settled(world: World, folder: Path) -> list[str]:
+    """Hashes of the model before and after the backward pass that DDP's groups are found by."""
+    found = []
+    settle = trainer.settle
+
+    def watched(config: Config, state: TrainState, *rest: Any) -> None:
+        found.append(digest(state.model))
+        settle(config, state, *rest)
+        found.append(digest(state.model))
+        assert all(p.grad is None for p in state.model.parameters())
+
+    with mock.patch.object(trainer, "settle", watched):
+        fit(broken_run(folder).override({"train.epochs": 1}), world)
+    return found
+
+
 def decisions(world: World, folder: Path) -> dict[str, Any]:
     """Training with metrics that rise on rank 0 for three epochs, and on the other ranks never, or always."""
     on_rank_0 = (0.5, 0.6, 0.7, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6, 0.6)
@@ -293,6 +309,7 @@ JOBS: dict[str, Callable[[World, Path], Any]] = {
         ledger,
         states,
         states_unaveraged,
+        settled,
         decisions,
         stop_on_last_rank,
         faults,
