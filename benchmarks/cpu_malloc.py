@@ -18,12 +18,12 @@ def measure(keep: bool) -> tuple[float, float]:
     import torch
 
     from fer_dist.config import ModelConfig
+    from fer_dist.device import keep_freed_memory
     from fer_dist.models import build_model
     from fer_dist.spec import LabelSet
-    from fer_dist.world import _keep_freed_memory
 
     if keep:
-        _keep_freed_memory()
+        keep_freed_memory()
     torch.set_num_threads(1)
     model = build_model(ModelConfig(pretrained=False, image_size=96), 48, LabelSet())
     model = model.train().to(memory_format=torch.channels_last)

@@ -4,10 +4,9 @@ The only file that names torch.distributed. A process is started by torchrun, by
 torchrun, by Ray, or alone; the rest of the code cannot tell and does not ask.
 """
 
-import ctypes
 import inspect
+import itertools
 import os
-import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
+from fer_dist.device import choose_device
 from fer_dist.errors import RankLost, UserError
 
 T = TypeVar("T")
@@ -31,8 +31,8 @@ PATIENCE = timedelta(minutes=30)
 LOST = ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
 """What torch's errors say, plain RuntimeErrors among them, where another rank is the reason."""
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4
-"""Parameters of glibc's mallopt, from its malloc.h."""
+_joins = itertools.count()
+"""Numbers the joins of this process: a script may train several times in one launch."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,12 +44,16 @@ class World:
         size: number of processes.
         local_rank: number of this process on its node.
         device: where this process computes.
+        launch: what all starts by one launcher have in common; known to rank 0.
+        restarted: the launcher has started the ranks again; known to rank 0.
     """
 
     rank: int = 0
     size: int = 1
     local_rank: int = 0
     device: torch.device = torch.device("cpu")
+    launch: str = ""
+    restarted: bool = False
 
     @property
     def first(self) -> bool:
@@ -226,11 +230,12 @@ def _naming_lost_ranks() -> Iterator[None]:
 @contextmanager
 def _joined(device: str, timeout: timedelta) -> Iterator[World]:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    on = _device(device, local_rank)
+    on = choose_device(device, local_rank)
     if dist.is_initialized():
         yield World(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local_rank, device=on)
     elif "RANK" in os.environ and "WORLD_SIZE" in os.environ:
         store, rank, size = next(iter(rendezvous("env://", timeout=PATIENCE)))
+        launch, starts = _known_launch(store) if rank == 0 else ("", 1)
         where: dict[str, Any] = {"store": _fresh_store(store, rank, size), "rank": rank, "world_size": size}
         where["timeout"] = max(PATIENCE, timeout)
         if on.type == "cuda":
@@ -238,11 +243,22 @@ def _joined(device: str, timeout: timedelta) -> Iterator[World]:
         else:
             dist.init_process_group("gloo", **where)
         try:
-            yield World(rank=dist.get_rank(), size=dist.get_world_size(), local_rank=local_rank, device=on)
+            yield World(rank=rank, size=size, local_rank=local_rank, device=on, launch=launch, restarted=starts > 1)
         finally:
             dist.destroy_process_group()
     else:
         yield World(device=on)
+
+
+def _known_launch(store: Any) -> tuple[str, int]:
+    """A name for this launch, and how often rank 0 has started in it.
+
+    torchrun keeps its store when it restarts the ranks. $TORCHELASTIC_RESTART_COUNT would not do: where
+    a rank of another node has died, it stays 0 on this one. Each `join` of a process counts for itself.
+    """
+    join = next(_joins)
+    starts = store.add(f"fer_dist/starts/{join}", 1)
+    return store.compare_set(f"fer_dist/launch/{join}", "", uuid.uuid4().hex).decode(), starts
 
 
 def _fresh_store(store: Any, rank: int, size: int) -> Any:
@@ -269,37 +285,3 @@ def _fresh_store(store: Any, rank: int, size: int) -> Any:
             raise UserError(f"{met + 1} of {size} ranks have come within {PATIENCE}", "start the others, too")
         time.sleep(0.01)
     return dist.PrefixStore(f"fer_dist/{name}", store)  # type: ignore[attr-defined]
-
-
-def _device(wanted: str, local_rank: int) -> torch.device:
-    gpus = torch.cuda.device_count() if wanted != "cpu" else 0
-    if wanted == "cuda" and not gpus:
-        raise UserError(
-            "train.device is cuda, but no CUDA device is visible", "--train.device cpu, or look at nvidia-smi"
-        )
-    if not gpus:
-        _keep_freed_memory()
-        return torch.device("cpu")
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if ranks > gpus:
-        raise UserError(
-            f"{ranks} ranks on a node with {gpus} visible GPU{'s' * (gpus > 1)}; a GPU takes one rank",
-            f"torchrun --nproc_per_node={gpus} ..., or --train.device cpu",
-        )
-    # Some launchers show each process its own GPU only; then that GPU is number 0.
-    device = torch.device("cuda", local_rank if local_rank < gpus else 0)
-    torch.cuda.set_device(device)
-    return device
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc's malloc keep what a step frees, for the next step, instead of giving it back.
-
-    Activations are tens of megabytes: by default each is mapped and unmapped anew, 44 thousand
-    page faults a step of patt_lite at 96 px, and a third more images per second of CPU time without
-    them (benchmarks/cpu_malloc.py). Other C libraries have no mallopt, and nothing happens there.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
-    if mallopt is not None:
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)

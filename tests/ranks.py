@@ -107,9 +107,10 @@ def torchrun(
     return Process([*TORCHRUN, *flags, f"--nproc_per_node={ranks}", *command], cwd=cwd, env=env).wait()
 
 
-def two_agents(*command: str, env: Mapping[str, str] | None = None) -> list[Done]:
+def two_agents(*command: str, flags: Sequence[str] = (), env: Mapping[str, str] | None = None) -> list[Done]:
     """Two torchrun agents with one rank each, as on two nodes, that meet on the loopback."""
     flags = [
+        *flags,
         "--nnodes=2",
         "--nproc_per_node=1",
         "--rdzv-backend=c10d",

@@ -28,6 +28,7 @@ ORDER = (
     "fer_dist.archives",
     "fer_dist.pickles",
     # parts
+    "fer_dist.device",
     "fer_dist.world",
     "fer_dist.tensors",
     "fer_dist.data",
@@ -83,7 +84,7 @@ ORDER = (
     "tune",
 )
 
-PLAIN = ORDER[: ORDER.index("fer_dist.world")]
+PLAIN = ORDER[: ORDER.index("fer_dist.device")]
 ENTRIES = (
     "fer_dist.train",
     "fer_dist.evaluate",

@@ -4,7 +4,6 @@ import json
 import os
 import platform
 import re
-import socket
 import subprocess
 import time
 from pathlib import Path
@@ -28,7 +27,7 @@ def open_run(config: Config, world: World) -> tuple[Path, bool]:
         UserError: the folder exists and the run is not to be resumed, or cannot be made.
     """
     found: list[tuple[Path, bool]] = []
-    world.only_first(lambda: found.append(_decide(config)))
+    world.only_first(lambda: found.append(_decide(config, world)))
     return world.from_first(found[0] if world.first else (Path(), False))
 
 
@@ -53,41 +52,30 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
     write_atomically(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
 
 
-def launch_key() -> str:
-    """What the starts of one run by one launcher have in common; empty without a launcher."""
-    if "SLURM_JOB_ID" in os.environ:
-        return f"slurm-{os.environ['SLURM_JOB_ID']}"
-    run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    if run_id in ("", "none"):  # torchrun's default: tell two of them apart by the agent's process
-        agent = f"{socket.gethostname()}-{os.getppid()}"
-        return f"agent-{agent}" if "TORCHELASTIC_RESTART_COUNT" in os.environ else ""
-    return f"torchrun-{run_id}"
-
-
-def _decide(config: Config) -> tuple[Path, bool]:
+def _decide(config: Config, world: World) -> tuple[Path, bool]:
     base = Path(config.run.dir)
-    restarted = any(
-        int(os.environ.get(name, "0")) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
-    )
+    requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
 
     def ours(folder: Path) -> bool:  # a restart must not enter a folder that its first start was refused
-        return restarted and bool(launch_key()) and _launch_of(folder) == launch_key()
+        made_by, now = _launch_of(folder), _launch(world)
+        again = (("launch", world.restarted), ("slurm", requeued))
+        return any(is_again and key in now and made_by.get(key) == now[key] for key, is_again in again)
 
-    if config.run.resume == "never":
-        restarted = False
+    again = config.run.resume != "never"
     if config.run.name is None:
-        for folder in sorted(base.glob("*"), reverse=True):
-            if ours(folder):
-                return folder, True
+        folders = sorted(base.glob("*/launch.json"), key=lambda path: path.stat().st_mtime, reverse=True)
+        for path in folders if again else ():
+            if ours(path.parent):
+                return path.parent, True
         stem = re.sub(r"[^\w.-]+", "-", config.model.arch) + time.strftime("-%Y%m%d-%H%M%S")
-        return _make([base / f"{stem}{'' if i == 0 else f'-{i}'}" for i in range(100)]), False
+        return _make([base / f"{stem}{'' if i == 0 else f'-{i}'}" for i in range(100)], world), False
     folder = base / config.run.name
-    if folder.exists() and (ours(folder) or config.run.resume == "auto"):
+    if folder.exists() and again and (ours(folder) or config.run.resume == "auto"):
         return folder, True
-    return _make([folder]), False
+    return _make([folder], world), False
 
 
-def _make(candidates: list[Path]) -> Path:
+def _make(candidates: list[Path], world: World) -> Path:
     for folder in candidates:
         try:
             folder.mkdir(parents=True)
@@ -95,8 +83,8 @@ def _make(candidates: list[Path]) -> Path:
             continue
         except OSError as error:
             raise UserError(f"cannot make the run folder {folder}: {error.strerror}", "--run.dir FOLDER") from None
-        if key := launch_key():
-            write_json(folder / "launch.json", {"launch": key})
+        if launch := _launch(world):
+            write_json(folder / "launch.json", launch)
         return folder
     raise UserError(
         f"the run folder {candidates[0]} exists; a run is never overwritten",
@@ -104,12 +92,19 @@ def _make(candidates: list[Path]) -> Path:
     )
 
 
-def _launch_of(folder: Path) -> str:
-    """The key of the launch that made a run folder; empty where it is not known."""
+def _launch(world: World) -> dict[str, Any]:
+    """What the starts of one run have in common: torchrun's launch, and SLURM's job, which may launch several."""
+    found = {"launch": world.launch, "slurm": os.environ.get("SLURM_JOB_ID", "")}
+    return {name: value for name, value in found.items() if value}
+
+
+def _launch_of(folder: Path) -> dict[str, Any]:
+    """The launch that made a run folder; empty where it is not known."""
     try:
-        return str(json.loads((folder / "launch.json").read_text())["launch"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return ""
+        found = json.loads((folder / "launch.json").read_text())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _commit() -> str:

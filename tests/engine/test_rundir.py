@@ -2,9 +2,9 @@
 
 import json
 import math
-import os
 import re
 import subprocess
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from fer_dist.data.feed import evaluation_batches
 from fer_dist.engine import rundir, trainer
 from fer_dist.engine.checkpoint import load
 from fer_dist.engine.metrics import Metrics
-from fer_dist.engine.rundir import launch_key, open_run
+from fer_dist.engine.rundir import open_run
 from fer_dist.engine.score import score
 from fer_dist.engine.trainer import Result, fit
 from fer_dist.errors import UserError
@@ -263,67 +263,59 @@ def test_resume_auto_begins_where_there_is_nothing(tmp_path: Path) -> None:
 # -- the launcher starts it again
 
 
-def launched(monkeypatch: pytest.MonkeyPatch, restarts: int, **variables: str) -> None:
-    """The environment that torchrun gives to its workers."""
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", str(restarts))
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    for name, value in variables.items():
-        monkeypatch.setenv(name, value)
+FIRST, AGAIN = World(launch="one"), World(launch="one", restarted=True)
 
 
 @pytest.mark.parametrize("name", [None, "mine", "deep/mine"])
-@pytest.mark.parametrize("run_id", ["none", "4711"])
-def test_a_restart_finds_its_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_id: str, name: str | None
-) -> None:
+def test_a_restart_finds_its_folder(tmp_path: Path, name: str | None) -> None:
     config = settings(tmp_path, run__name=name)
     other, _ = open_run(settings(tmp_path), World())
-    launched(monkeypatch, 0, TORCHELASTIC_RUN_ID=run_id)
-    first, resumes = open_run(config, World())
+    first, resumes = open_run(config, FIRST)
     assert not resumes
     assert first != other
-    later, _ = open_run(settings(tmp_path, run__name="zz-later"), World())
-    (later / "launch.json").write_text('{"launch": "torchrun-another"}')
-    launched(monkeypatch, 1, TORCHELASTIC_RUN_ID=run_id)
-    assert open_run(config, World()) == (first, True)
+    open_run(settings(tmp_path, run__name="zz-later"), World(launch="two"))
+    assert open_run(config, AGAIN) == (first, True)
 
 
-def test_a_restart_does_not_enter_the_folder_that_its_first_start_was_refused(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for restarts in (0, 1, 2):
-        launched(monkeypatch, restarts, TORCHELASTIC_RUN_ID="77")
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_restart_does_not_enter_the_folder_that_its_first_start_was_refused(run: Run, restarted: bool) -> None:
+    for world in (World(launch="seven", restarted=restarted), World(launch="", restarted=restarted)):
         with pytest.raises(UserError, match="never overwritten"):
-            open_run(run.config, World())
+            open_run(run.config, world)
 
 
-def test_a_second_launch_makes_a_second_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    launched(monkeypatch, 0, TORCHELASTIC_RUN_ID="1")
-    first, _ = open_run(settings(tmp_path), World())
-    launched(monkeypatch, 0, TORCHELASTIC_RUN_ID="2")
-    second, resumes = open_run(settings(tmp_path), World())
-    assert second != first
-    assert not resumes
+def test_a_second_launch_makes_a_second_folder(tmp_path: Path) -> None:
+    first, _ = open_run(settings(tmp_path), FIRST)
+    for world in (World(launch="two"), FIRST):  # the same launcher, not started again: another run
+        second, resumes = open_run(settings(tmp_path), world)
+        assert second != first
+        assert not resumes
+
+
+def test_of_several_runs_of_a_launch_the_newest_is_gone_on_with(tmp_path: Path) -> None:
+    """Newest by the clock, not by name, which begins with the architecture."""
+    open_run(tiny("vit", tmp_path), FIRST)
+    time.sleep(0.01)
+    newest, _ = open_run(tiny("patt_lite", tmp_path), FIRST)
+    assert open_run(settings(tmp_path), AGAIN) == (newest, True)
 
 
 def test_a_requeued_slurm_job_finds_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """torchrun is new then, with another id and no restart of its own; the job's number is the same."""
-    launched(monkeypatch, 0, TORCHELASTIC_RUN_ID="a", SLURM_JOB_ID="33")
-    first, _ = open_run(settings(tmp_path), World())
-    launched(monkeypatch, 0, TORCHELASTIC_RUN_ID="b", SLURM_JOB_ID="33", SLURM_RESTART_COUNT="1")
-    assert open_run(settings(tmp_path), World()) == (first, True)
-    launched(monkeypatch, 0, TORCHELASTIC_RUN_ID="b", SLURM_JOB_ID="34", SLURM_RESTART_COUNT="1")
-    assert open_run(settings(tmp_path), World())[1] is False
+    """torchrun is new then, and so is its launch; the job's number is the same."""
+    monkeypatch.setenv("SLURM_JOB_ID", "33")
+    first, _ = open_run(settings(tmp_path), FIRST)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    for restarted in (False, True):
+        assert open_run(settings(tmp_path), World(launch="new", restarted=restarted)) == (first, True)
+    monkeypatch.setenv("SLURM_JOB_ID", "34")
+    assert open_run(settings(tmp_path), World(launch="new"))[1] is False
 
 
-def test_launch_key(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT", "SLURM_JOB_ID"):
-        monkeypatch.delenv(name, raising=False)
-    assert launch_key() == ""
-    launched(monkeypatch, 0)
-    assert launch_key().endswith(f"-{os.getppid()}"), "two torchruns without an id are told apart"
-    launched(monkeypatch, 0, TORCHELASTIC_RUN_ID="7")
-    assert launch_key() == "torchrun-7"
+@pytest.mark.parametrize("content", ["", "[1]", "{", '{"launch": 3}', '{"slurm": null}'])
+def test_a_damaged_launch_json_is_of_nobody(tmp_path: Path, content: str) -> None:
+    first, _ = open_run(settings(tmp_path), FIRST)
+    (first / "launch.json").write_text(content)
+    assert open_run(settings(tmp_path), AGAIN)[1] is False
 
 
 # -- going on

@@ -3,6 +3,7 @@
 The sweep of 100 moments is `pytest -m soak tests/faults/test_kills.py`; a few stand in the ordinary tests.
 """
 
+import json
 import os
 import signal
 import time
@@ -14,7 +15,9 @@ import numpy as np
 import pytest
 
 from fer_dist.engine.checkpoint import load
-from tests.faults.rig import SAVE_EVERY, STEPS, Launch, begin, end, launch, require_equal
+from tests.faults.rig import FAULT, SAVE_EVERY, STEPS, Launch, begin, end, launch, require_equal
+from tests.ranks import two_agents
+from tests.workers.runs import starts, state_hash
 
 Whole = Callable[[int, str], Launch]
 SLOW_S = 0.004
@@ -73,6 +76,18 @@ def test_each_architecture_on_four_ranks(arch: str, whole: Whole, tmp_path: Path
     """DDP's groups of gradients: with two ranks any order of adding gives the same bits, with four it does not."""
     broken = launch(tmp_path, 4, {"signal": "SIGKILL", "rank": 2, "step": 10, "after_s": 0.01}, arch=arch)
     require_survived(broken, whole(4, arch))
+
+
+@pytest.mark.parametrize("node", [0, 1])
+def test_a_rank_of_another_node_is_killed(node: int, whole: Whole, tmp_path: Path) -> None:
+    """Two torchruns, as on two nodes, and no name for the run: the one that has lost no rank counts no restart."""
+    fault = {"rank": node, "signal": "SIGKILL", "step": 10, "after_s": 0.01}
+    words = [FAULT, str(tmp_path), "patt_lite", json.dumps({"run__name": None, "run__resume": "restart"})]
+    for agent in two_agents(*words, json.dumps(fault), flags=["--max-restarts=1"]):
+        agent.ok()
+    (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
+    assert [start["step"] for start in starts(folder)] == [0, 8]
+    assert state_hash(folder / "last.pth") == whole(2, "patt_lite").hash
 
 
 def test_a_killed_launcher_takes_its_ranks_along(whole: Whole, tmp_path: Path) -> None:

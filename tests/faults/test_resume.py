@@ -12,6 +12,7 @@ from fer_dist.engine import plots, run
 from fer_dist.engine.checkpoint import load
 from fer_dist.engine.trainer import fit
 from fer_dist.errors import Stopped
+from fer_dist.world import World
 from tests.faults.rig import SAVE_EVERY, STEPS, Crash, Ledger, breaking, launch, run_whole
 from tests.workers.runs import everything, no_pictures, plain_lines, same, starts, stateful
 
@@ -102,18 +103,15 @@ def test_auto_without_a_name_is_a_new_run_and_says_so(tmp_path: Path, capsys: py
     )
 
 
-def test_never_is_never(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_never_is_never(tmp_path: Path) -> None:
     """`restart` (the default) goes on with what its launcher has started again, `never` makes a new folder."""
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "5")
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
     folders = {}
     for resume in ("restart", "never"):
         config = stateful("vit", tmp_path / resume, run__name=None, run__resume=resume, train__epochs=1)
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")
         with breaking(5, "crash", []), pytest.raises(Crash):
-            fit(config)
-        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
-        folders[resume] = run_whole(config)[0].folder
+            fit(config, World(launch="one"))
+        with no_pictures():
+            folders[resume] = fit(config, World(launch="one", restarted=True)).folder
     assert [len(list((tmp_path / resume).iterdir())) for resume in folders] == [1, 2]
     assert [start["step"] for start in starts(folders["restart"])] == [0, 4]
     assert [start["step"] for start in starts(folders["never"])] == [0]

@@ -29,6 +29,7 @@ from fer_dist.engine.metrics import Metrics
 from fer_dist.engine.runlog import EpochRecord
 from fer_dist.engine.score import score
 from fer_dist.engine.state import TrainState
+from fer_dist.engine.step import settle
 from fer_dist.engine.trainer import OnEpoch, fit
 from fer_dist.errors import UserError
 from fer_dist.world import World, join
@@ -139,7 +140,6 @@ def states_unaveraged(world: World, folder: Path) -> list[tuple[str, str]]:
 def settled(world: World, folder: Path) -> list[str]:
     """Hashes of the model before and after the backward pass that DDP's groups are found by."""
     found = []
-    settle = trainer.settle
 
     def watched(config: Config, state: TrainState, *rest: Any) -> None:
         found.append(digest(state.model))
