@@ -1,5 +1,6 @@
 """`World` in one process: how it is joined and left, and what it refuses. Several ranks: engine/test_ranks.py."""
 
+import itertools
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -9,8 +10,9 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from fer_dist import world as world_module
 from fer_dist.errors import UserError
-from fer_dist.world import World, _fresh_store, join
+from fer_dist.world import World, _fresh_store, _known_launch, join
 
 
 def gpus(count: int, monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
@@ -121,6 +123,20 @@ def test_a_launcher_that_shows_each_rank_its_own_gpu(monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     with join() as world:
         assert world.device == torch.device("cuda", 0)
+
+
+def test_a_launch_knows_how_often_it_was_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A script that trains twice joins twice in each start; its launcher starts it again once."""
+    server = dist.TCPStore("127.0.0.1", 0, is_master=True)  # type: ignore[attr-defined]
+    found = []
+    for _ in range(2):
+        monkeypatch.setattr(world_module, "_joins", itertools.count())  # a new process
+        client = dist.TCPStore("127.0.0.1", server.port, is_master=False)  # type: ignore[attr-defined]
+        found.append([_known_launch(client), _known_launch(client)])
+    (first, second), again = found
+    assert (first[1], second[1]) == (1, 1)
+    assert first[0] != second[0]
+    assert again == [(first[0], 2), (second[0], 2)]
 
 
 def test_what_dead_ranks_wrote_is_not_read() -> None:
