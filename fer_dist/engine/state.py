@@ -208,7 +208,10 @@ def restore(state: TrainState, folder: Path, config: Config, data: str, world: W
 
 
 def _load(state: TrainState, weights: dict[str, Tensor], kept: dict[str, Any]) -> None:
-    """Put a checkpoint into the state; hyper-parameters of the optimizer stay those of the settings."""
+    """Put a checkpoint into the state; hyper-parameters of the optimizer stay those of the settings, but for `lr`.
+
+    That is set before each step. An epoch may have no step left, and then the old one is what the next save holds.
+    """
     if kept["optimizer"]["name"] != (name := type(state.optimizer).__name__):
         raise ValueError(f"its optimizer is {kept['optimizer']['name']}, here it is {name}")
     groups = state.optimizer.state_dict()["param_groups"]
@@ -220,6 +223,8 @@ def _load(state: TrainState, weights: dict[str, Tensor], kept: dict[str, Any]) -
     state.model.load_state_dict(kept["model"] or weights)
     if state.ema:
         state.ema.model.load_state_dict(weights)
+    for group, then in zip(groups, kept["optimizer"]["param_groups"], strict=True):
+        group["lr"] = then["lr"]
     state.optimizer.load_state_dict({"state": kept["optimizer"]["state"], "param_groups": groups})
     state.scaler.load_state_dict(kept["scaler"])
     state.schedule.load(kept["schedule"])

@@ -58,6 +58,7 @@ MOMENTS: dict[str, tuple[int, dict[str, Any]]] = {
     "rank 0 in a step of the last epoch": (2, {"rank": 0, "step": 22, "after_s": 0.0}),
     "rank 0 while it writes": (2, {"rank": 0, "save": 12, "event": 60}),
     "rank 0 before the rename": (2, {"rank": 0, "save": 12, "event": 118}),
+    "a rank in the last evaluation, no step left": (2, {"rank": 1, "evaluation": 24}),
     "a rank while rank 0 writes": (2, {"rank": 1, "save": 16, "event": 50}),
     "one of four in a step": (4, {"rank": 3, "step": 13, "after_s": 0.02}),
     "rank 0 of four after the rename": (4, {"rank": 0, "save": 8, "event": 121}),
