@@ -9,7 +9,16 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn, get_args, get_origin
 
 from fer_dist.config import Config, load_config
-from fer_dist.errors import EXIT_RANK_LOST, EXIT_STOPPED, EXIT_USER_ERROR, RankLost, Stopped, UserError
+from fer_dist.errors import (
+    EXIT_RANK_LOST,
+    EXIT_REJECTED,
+    EXIT_STOPPED,
+    EXIT_USER_ERROR,
+    RankLost,
+    Rejected,
+    Stopped,
+    UserError,
+)
 from fer_dist.options import bounds, recipes, walk
 
 ALIASES = {"--data": "--data.path"}
@@ -57,6 +66,9 @@ def run(main: Callable[[], None]) -> NoReturn:
     except RankLost as lost:
         print(f"error: rank {os.environ.get('RANK', '0')}: another rank is gone ({lost})", file=sys.stderr, flush=True)
         code = EXIT_RANK_LOST
+    except Rejected as rejected:
+        print(f"rejected: {rejected}", file=sys.stderr, flush=True)
+        code = EXIT_REJECTED
     except UserError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)

@@ -1,10 +1,12 @@
 """How a run ends before its time: errors for people without a traceback, and the exit codes of every command.
 
-0 done, 1 a mistake of ours (with its traceback), and the three below.
+0 done, 1 a mistake of ours (with its traceback), and the four below.
 """
 
 EXIT_USER_ERROR = 2
 """A UserError: something to put right first."""
+EXIT_REJECTED = 3
+"""An artifact is not the model that it was made from; it keeps the name `*.rejected`."""
 EXIT_RANK_LOST = 69
 """Another rank is gone, or none has come on for `run.timeout_seconds`; the last checkpoint stands."""
 EXIT_STOPPED = 75
@@ -34,3 +36,7 @@ class Stopped(Exception):
 
 class RankLost(Exception):
     """Another rank is gone: this one cannot go on, and leaves without saving."""
+
+
+class Rejected(Exception):
+    """An artifact did not pass the parity gate."""

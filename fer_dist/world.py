@@ -31,6 +31,8 @@ PATIENCE = timedelta(minutes=30)
 LOST = ("gloo/transport", "Connection closed by peer", "Connection reset by peer")
 """What torch's errors say, plain RuntimeErrors among them, where another rank is the reason."""
 
+_started = os.getpid(), os.getppid()
+"""This process and who started it, at the import: a launcher that dies while data are read is gone later."""
 _joins = itertools.count()
 """Numbers the joins of this process: a script may train several times in one launch."""
 
@@ -104,7 +106,7 @@ class World:
         skeleton = self.from_first(_outline(tree, tensors))
         if not self.first:
             tensors.clear()
-        return cast(T, _filled(skeleton, tensors, self.first))
+        return cast(T, _filled(skeleton, tensors, self.first, _carrier(self.device)))
 
     def barrier(self) -> None:
         """Wait for all ranks."""
@@ -166,6 +168,11 @@ class World:
         return nullcontext()
 
 
+def launcher() -> int:
+    """The process that started this one, which may be gone by now; in a fork, its present parent."""
+    return _started[1] if _started[0] == os.getpid() else os.getppid()
+
+
 def _outline(tree: Any, tensors: list[Tensor]) -> Any:
     """The tree with an empty ("meta") tensor for each tensor, and the tensors in that order, each one block of memory.
 
@@ -182,18 +189,28 @@ def _outline(tree: Any, tensors: list[Tensor]) -> Any:
     return torch.empty_like(tensors[-1], device="meta")
 
 
-def _filled(tree: Any, tensors: list[Tensor], sends: bool) -> Any:
+def _filled(tree: Any, tensors: list[Tensor], sends: bool, carrier: torch.device) -> Any:
     """The tree with its tensors, sent or received in the order of their places."""
     if isinstance(tree, dict):
-        return {key: _filled(value, tensors, sends) for key, value in tree.items()}
+        return {key: _filled(value, tensors, sends, carrier) for key, value in tree.items()}
     if isinstance(tree, list | tuple):
-        return type(tree)(_filled(value, tensors, sends) for value in tree)
+        return type(tree)(_filled(value, tensors, sends, carrier) for value in tree)
     if not isinstance(tree, Tensor):
         return tree
     x = tensors.pop(0) if sends else torch.empty_strided(tree.shape, tree.stride(), dtype=tree.dtype)
     if x.numel():
-        dist.broadcast(x.as_strided((x.numel(),), (1,)), src=0)
+        flat = x.as_strided((x.numel(),), (1,))
+        carried = flat.to(carrier)
+        dist.broadcast(carried, src=0)
+        if not sends and carried is not flat:
+            flat.copy_(carried)
     return x
+
+
+def _carrier(device: torch.device) -> torch.device:
+    """Where tensors that are on the CPU travel: a group that somebody else has made may know NCCL only."""
+    kinds = str(dist.get_backend_config())  # "cpu:gloo,cuda:nccl"
+    return torch.device("cpu") if "cpu:" in kinds else device
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """`World` in one process: how it is joined and left, and what it refuses. Several ranks: engine/test_ranks.py."""
 
 import itertools
+import os
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 from fer_dist import world as world_module
 from fer_dist.errors import UserError
 from fer_dist.world import World, _fresh_store, _known_launch, join
+from tests.ranks import python
 
 
 def gpus(count: int, monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
@@ -123,6 +125,20 @@ def test_a_launcher_that_shows_each_rank_its_own_gpu(monkeypatch: pytest.MonkeyP
     monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
     with join() as world:
         assert world.device == torch.device("cuda", 0)
+
+
+@pytest.mark.parametrize(("kinds", "carrier"), [("cpu:gloo,cuda:nccl", "cpu"), ("cuda:nccl", "cuda:1")])
+def test_what_a_checkpoint_travels_on(kinds: str, carrier: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group that somebody else has made, as Ray does, may carry CUDA tensors only."""
+    monkeypatch.setattr("torch.distributed.get_backend_config", lambda: kinds)
+    assert world_module._carrier(torch.device("cuda:1")) == torch.device(carrier)
+
+
+def test_a_launcher_is_known_before_it_can_be_gone() -> None:
+    """Its number is taken at the import; a fork of this process has another parent."""
+    assert world_module.launcher() == os.getppid()
+    code = "import os, fer_dist.world as w; child = os.fork(); assert w.launcher() == os.getppid(); child and os.wait()"
+    python("-c", code).ok()
 
 
 def test_a_launch_knows_how_often_it_was_started(monkeypatch: pytest.MonkeyPatch) -> None:

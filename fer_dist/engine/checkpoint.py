@@ -1,8 +1,10 @@
 """Checkpoints: written whole or not at all, sealed by a checksum, read as tensors and plain values only."""
 
+import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -14,11 +16,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from fer_dist.engine.form import require_form
 from fer_dist.errors import UserError
 from fer_dist.models import build
 from fer_dist.models.base import FaceModel
 from fer_dist.spec import ModelSpec
-from fer_dist.tensors import NotTensors, read_metadata, read_tensors
+from fer_dist.tensors import NotTensors, first_line, read_metadata, read_tensors
 
 FORMAT = 2
 SEAL = b"fer_dist sha256 "
@@ -149,6 +152,8 @@ def load(path: str | Path) -> Checkpoint:
     """
     path = Path(path)
     try:
+        if not path.is_dir() and not stat.S_ISREG(path.stat().st_mode):  # a pipe would be waited for
+            raise NotTensors("it is no regular file")
         content = _read_safetensors(path) if path.suffix == ".safetensors" else _read_sealed(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}", "name a checkpoint, e.g. runs/NAME/best.pth") from None
@@ -163,6 +168,7 @@ def load(path: str | Path) -> Checkpoint:
             "use the version of fer-dist that wrote it",
         )
     try:
+        require_form(content)
         return Checkpoint(
             spec=ModelSpec.from_dict(content["spec"]),
             weights=dict(content["weights"]),
@@ -171,8 +177,8 @@ def load(path: str | Path) -> Checkpoint:
             provenance=dict(content["provenance"]),
             resume=dict(content["resume"]),
         )
-    except (AttributeError, KeyError, TypeError, ValueError):
-        raise foreign from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{foreign.problem}: {first_line(error)}", foreign.fix) from None
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -231,11 +237,20 @@ def _check_seal(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+    """Wait until the names in a folder are on the disk, where the file system can do that.
+
+    Raises:
+        UserError: the disk fails.
+    """
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF):  # some network file systems, and FUSE
+            raise unwritable(folder, error) from None
 
 
 def unwritable(path: Path, cause: OSError) -> UserError:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from fer_dist.engine.checkpoint import Checkpoint, load
+from fer_dist.engine.form import is_record
 from fer_dist.engine.history import step_files
 from fer_dist.errors import UserError
 
@@ -18,6 +19,8 @@ def describe(path: Path) -> dict[str, Any]:
     """
     found: dict[str, Any] = {"path": str(path), "valid": False}
     try:
+        if not path.is_file() and path.exists():  # a pipe would be waited for
+            return found | {"reason": f"{path} is no regular file"}
         with path.open("rb") as file:
             found |= {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
         checkpoint = load(path)
@@ -25,7 +28,7 @@ def describe(path: Path) -> dict[str, Any]:
         return found | {"reason": f"cannot read {path}: {error.strerror}"}
     except UserError as error:
         return found | {"reason": error.problem}
-    if checkpoint.record and not _is_record(checkpoint.record):
+    if checkpoint.record and not is_record(checkpoint.record):
         return found | {"reason": f"{path} holds metrics of another form"}
     return found | {
         "valid": True,
@@ -46,9 +49,9 @@ def describe_folder(folder: Path) -> list[dict[str, Any]]:
     """
     files = step_files(folder)
     last, best = folder / "last.pth", folder / "best.pth"
-    if last.exists() and not any(last.samefile(path) for path in files):
+    if last.is_file() and not any(last.samefile(path) for path in files):
         files.insert(0, last)
-    files += [best] * best.exists()
+    files += [best] * best.is_file()
     if not files:
         raise UserError(f"{folder} holds no checkpoint", "name a .pth file, or a run folder such as runs/NAME")
     return [describe(path) for path in files]
@@ -61,13 +64,3 @@ def _position(checkpoint: Checkpoint) -> dict[str, Any] | None:
         return None
     names = ("step", "epoch", "bad_epochs", "skipped", "overflows", "data")
     return {**{name: kept.get(name) for name in names}, "steps_of_next_epoch": len(kept.get("losses", []))}
-
-
-def _is_record(record: dict[str, Any]) -> bool:
-    """Whether metrics are such as `EpochRecord.to_dict` makes."""
-    val = record.get("val")
-    numbers = [record.get(name) for name in ("epoch", "step", "train_loss")]
-    numbers += (
-        [val.get(name) for name in ("loss", "accuracy", "macro_f1", "count")] if isinstance(val, dict) else [None]
-    )
-    return all(isinstance(number, int | float) for number in numbers)

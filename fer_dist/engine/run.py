@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -16,7 +17,7 @@ from fer_dist.data.feed import Batch, TrainFeed
 from fer_dist.engine import plots
 from fer_dist.engine.checkpoint import Checkpoint, save, write_atomically
 from fer_dist.engine.history import Newest, save_step, sweep
-from fer_dist.engine.rundir import write_json
+from fer_dist.engine.rundir import STARTS, write_json
 from fer_dist.engine.runlog import EpochRecord, RunLog
 from fer_dist.engine.state import TrainState, resume_state
 from fer_dist.engine.step import Told
@@ -68,7 +69,7 @@ def introduce(folder: Path, config: Config, origin: dict[str, Any], state: Train
         "epochs": state.epoch,
         "left_out": [[path.name, why] for path, why in found.refused],
     }
-    path = folder / "starts.jsonl"
+    path = folder / STARTS
     try:
         with path.open("a") as file:
             file.write(json.dumps(start) + "\n")
@@ -86,10 +87,13 @@ def save_state(run: Run, state: TrainState) -> None:
         run.world.only_first(lambda: save_step(run.folder, _checkpoint(run, state), state.step, run.config.run.keep))
 
 
-def leave_epoch(run: Run, state: TrainState, record: EpochRecord, gained: bool) -> None:
+def leave_epoch(
+    run: Run, state: TrainState, record: EpochRecord, gained: bool, stop: Callable[[EpochRecord], object]
+) -> None:
     """Write what a whole epoch leaves: its line, the best model with its report, the state, the curves.
 
-    The line is first, since the state holds all lines and replaces what stands in the file.
+    The line is first, since the state holds all lines and replaces what stands in the file. `stop` is
+    asked before the state is saved: a run that is killed in between asks it again, and its answer is kept.
 
     Raises:
         UserError: on every rank alike; the disk is full or the folder cannot be written.
@@ -103,6 +107,7 @@ def leave_epoch(run: Run, state: TrainState, record: EpochRecord, gained: bool) 
     state.records.append(run.world.together(tell))
     state.epoch_losses = []
     run.world.only_first(partial(_write_best, run, state) if gained else lambda: None)
+    state.stopped = run.world.agree(bool(stop(record)))
     save_state(run, state)
     title = f"{run.folder.name} ({state.model.spec.arch})"
     run.world.only_first(lambda: plots.curves(state.records, run.folder / "curves.png", title))

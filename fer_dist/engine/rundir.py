@@ -1,9 +1,12 @@
 """The folder of a run: found or made once, never overwritten, and able to explain itself."""
 
+import errno
+import fcntl
 import json
 import os
 import platform
 import re
+import shutil
 import subprocess
 import time
 from pathlib import Path
@@ -14,8 +17,14 @@ import torch
 import fer_dist
 from fer_dist.config import Config
 from fer_dist.engine.checkpoint import write_atomically
+from fer_dist.engine.same import settings_digest
 from fer_dist.errors import UserError
 from fer_dist.world import World
+
+STARTS = "starts.jsonl"
+"""A line for each start of a run."""
+HOLD_S = 30.0
+"""How long a start waits for another process to leave the run folder."""
 
 
 def open_run(config: Config, world: World) -> tuple[Path, bool]:
@@ -29,6 +38,42 @@ def open_run(config: Config, world: World) -> tuple[Path, bool]:
     found: list[tuple[Path, bool]] = []
     world.only_first(lambda: found.append(_decide(config, world)))
     return world.from_first(found[0] if world.first else (Path(), False))
+
+
+class Hold:
+    """The run folder is this process's alone to write until `release`, or until the process is gone.
+
+    An orphan of a launcher that was killed may still be saving when the next start comes. The lock is on
+    `starts.jsonl`; file systems that know no locks are used without.
+
+    Raises:
+        UserError: another process writes there, and is not gone within HOLD_S.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / STARTS
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise UserError(f"cannot write {path}: {error.strerror}", "free some space, or --run.dir FOLDER") from None
+        deadline = time.monotonic() + HOLD_S
+        while True:
+            try:
+                return fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError as error:
+                if error.errno not in (errno.EWOULDBLOCK, errno.EACCES, errno.EINTR):
+                    return None  # this file system has no locks
+            if time.monotonic() > deadline:
+                self.release()
+                raise UserError(
+                    f"another process writes into {folder} and has not left within {HOLD_S:.0f} s",
+                    "wait for it or end it, or another --run.name",
+                )
+            time.sleep(0.1)
+
+    def release(self) -> None:
+        """Let others write there."""
+        os.close(self._file)
 
 
 def provenance(world: World, data_key: str) -> dict[str, Any]:
@@ -57,9 +102,13 @@ def _decide(config: Config, world: World) -> tuple[Path, bool]:
     requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
 
     def ours(folder: Path) -> bool:  # a restart must not enter a folder that its first start was refused
-        made_by, now = _launch_of(folder), _launch(world)
-        again = (("launch", world.restarted), ("slurm", requeued))
-        return any(is_again and key in now and made_by.get(key) == now[key] for key, is_again in again)
+        made_by, now = _launch_of(folder), _launch(config, world)
+
+        def same(*keys: str) -> bool:
+            return all(key in now and made_by.get(key) == now[key] for key in keys)
+
+        # A job may launch several trainings: a requeued one finds its own by its settings.
+        return (world.restarted and same("launch")) or (requeued and same("slurm", "settings"))
 
     again = config.run.resume != "never"
     if config.run.name is None:
@@ -68,23 +117,34 @@ def _decide(config: Config, world: World) -> tuple[Path, bool]:
             if ours(path.parent):
                 return path.parent, True
         stem = re.sub(r"[^\w.-]+", "-", config.model.arch) + time.strftime("-%Y%m%d-%H%M%S")
-        return _make([base / f"{stem}{'' if i == 0 else f'-{i}'}" for i in range(100)], world), False
+        return _make([base / f"{stem}{'' if i == 0 else f'-{i}'}" for i in range(100)], config, world), False
     folder = base / config.run.name
     if folder.exists() and again and (ours(folder) or config.run.resume == "auto"):
         return folder, True
-    return _make([folder], world), False
+    return _make([folder], config, world), False
 
 
-def _make(candidates: list[Path], world: World) -> Path:
+def _make(candidates: list[Path], config: Config, world: World) -> Path:
+    launch = _launch(config, world)
     for folder in candidates:
         try:
-            folder.mkdir(parents=True)
-        except FileExistsError:
-            continue
+            if not launch:
+                folder.mkdir(parents=True)
+                return folder
+            if folder.exists():
+                continue
+            # A folder without it would not be known to the next start as its own: there with it, or not at all.
+            temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
+            temporary.mkdir(parents=True)
+            try:
+                write_json(temporary / "launch.json", launch)
+                temporary.rename(folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
         except OSError as error:
+            if error.errno in (errno.EEXIST, errno.ENOTEMPTY):
+                continue
             raise UserError(f"cannot make the run folder {folder}: {error.strerror}", "--run.dir FOLDER") from None
-        if launch := _launch(world):
-            write_json(folder / "launch.json", launch)
         return folder
     raise UserError(
         f"the run folder {candidates[0]} exists; a run is never overwritten",
@@ -92,10 +152,11 @@ def _make(candidates: list[Path], world: World) -> Path:
     )
 
 
-def _launch(world: World) -> dict[str, Any]:
-    """What the starts of one run have in common: torchrun's launch, and SLURM's job, which may launch several."""
+def _launch(config: Config, world: World) -> dict[str, Any]:
+    """What the starts of one run have in common: torchrun's launch, or SLURM's job and its settings."""
     found = {"launch": world.launch, "slurm": os.environ.get("SLURM_JOB_ID", "")}
-    return {name: value for name, value in found.items() if value}
+    found = {name: value for name, value in found.items() if value}
+    return found | {"settings": settings_digest(config)} if found else {}
 
 
 def _launch_of(folder: Path) -> dict[str, Any]:

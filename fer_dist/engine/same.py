@@ -1,6 +1,7 @@
 """What the ranks of a run, and its starts, must have in common: compared before anything is trained."""
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -27,6 +28,12 @@ def require_same_settings(config: Config, world: World) -> None:
         if found := differences(ranks[0], given, leave_out=PLACES):
             told = "; ".join(f"{name} {theirs!r}, rank 0 {first!r}" for name, first, theirs in found[:5])
             raise UserError(f"rank {rank} was given {told}", "start all nodes with the same line")
+
+
+def settings_digest(config: Config) -> str:
+    """What identifies the settings of a run, but for where things lie and how it reports: 16 hexadecimal digits."""
+    kept = {n: v for n, v in flat(config.to_dict()) if n not in PLACES and not n.startswith("run.")}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def require_same_data(data: str, world: World) -> None:

@@ -39,6 +39,7 @@ class TrainState:
         skipped: steps that a NaN or infinity spoilt, and `skipped_in_row` the newest of them.
         overflows: steps that float16's loss scale was too high for.
         epoch_losses: the mean loss of each step of the epoch that is not whole yet; None: skipped.
+        stopped: `on_epoch` has ended the run.
         records: of all whole epochs, as in metrics.jsonl.
         losses: of the steps of this process that were not skipped.
     """
@@ -57,6 +58,7 @@ class TrainState:
     skipped: int = 0
     skipped_in_row: int = 0
     overflows: int = 0
+    stopped: bool = False
     epoch_losses: list[float | None] = field(default_factory=list)
     records: list[dict[str, Any]] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -161,6 +163,7 @@ def resume_state(state: TrainState, data: str) -> dict[str, Any]:
         "skipped": state.skipped,
         "skipped_in_row": state.skipped_in_row,
         "overflows": state.overflows,
+        "stopped": state.stopped,
         "best": None
         if best is None
         else {"confusion": best.confusion_KK.tolist(), "loss_sum": best.loss_sum, "count": best.count},
@@ -189,6 +192,7 @@ def restore(state: TrainState, folder: Path, config: Config, data: str, world: W
     for _, why in found.refused:
         log.say(f"resume: left out, {why}")
     if found.path is None:
+        world.only_first(lambda: _require_begun(folder))
         log.say(f"resume: {folder} has no checkpoint yet, starting from the beginning")
         return found
     read = files[0].checkpoint if files else None
@@ -196,6 +200,8 @@ def restore(state: TrainState, folder: Path, config: Config, data: str, world: W
     changed = require_same_run(then, config, str(kept.get("data")), data, str(found.path))
     try:
         _load(state, weights, kept)
+        # Who asks for more epochs than then wants them.
+        state.stopped = kept["stopped"] and config.train.epochs <= then["train"]["epochs"]
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"{found.path} does not fit these settings: {error}",
@@ -205,6 +211,16 @@ def restore(state: TrainState, folder: Path, config: Config, data: str, world: W
         log.say(f"resume: settings have changed: {'; '.join(changed)}")
     log.say(f"resume: {found.path}, after step {state.step}: {state.epoch} epochs, {state.done} steps of the next")
     return found
+
+
+def _require_begun(folder: Path) -> None:
+    """Raises UserError where a run got further than its first epoch and its checkpoints were removed."""
+    metrics = folder / "metrics.jsonl"
+    if metrics.is_file() and len(metrics.read_bytes().splitlines()) > 1:
+        raise UserError(
+            f"{folder} has the metrics of several epochs and no checkpoint to go on from: they would be lost",
+            "put a checkpoint back, or begin again with another --run.name",
+        )
 
 
 def _load(state: TrainState, weights: dict[str, Tensor], kept: dict[str, Any]) -> None:

@@ -5,6 +5,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from fer_dist.data.split import hold_out_validation, require_part, training_inde
 from fer_dist.engine.history import Newest
 from fer_dist.engine.metrics import Metrics
 from fer_dist.engine.run import Run, introduce, leave_epoch, note_spoilt, save_state, stop_run
-from fer_dist.engine.rundir import open_run, provenance
+from fer_dist.engine.rundir import Hold, open_run, provenance
 from fer_dist.engine.runlog import EpochRecord, RunLog
 from fer_dist.engine.same import data_digest, require_same_data, require_same_settings
 from fer_dist.engine.score import score
@@ -52,7 +53,8 @@ def fit(config: Config, world: World | None = None, on_epoch: OnEpoch | None = N
     Args:
         config: all settings; `load_config("patt_lite", {...})` makes one.
         world: the processes to train with; None: this process joins torchrun's, or is alone.
-        on_epoch: called on every rank after each epoch; a true answer of any rank stops the run.
+        on_epoch: called on every rank after each epoch, before its state is saved; a true answer of any rank
+            stops the run. A run that is killed right then calls it again for that epoch.
 
     Raises:
         UserError: what the settings or the data make impossible, on every rank alike.
@@ -62,26 +64,29 @@ def fit(config: Config, world: World | None = None, on_epoch: OnEpoch | None = N
     if world is None:
         with join(config.train.device, config.run.timeout_seconds) as joined:
             return fit(config, joined, on_epoch)
-    with exact_kernels(config.train, world.device):
-        run, state = begin(config, world)
+    with exact_kernels(config.train, world.device), ExitStack() as held:
+        run, state = begin(config, world, held)
         try:
             with run.watch:
                 while goes_on(config, state):
                     record, gained = run_epoch(run, state)
-                    leave_epoch(run, state, record, gained)
-                    if world.agree(bool(on_epoch and on_epoch(record))):
-                        break
+                    leave_epoch(run, state, record, gained, on_epoch or (lambda record: False))
         finally:
             run.log.close()
     assert state.best is not None
     if state.epoch < config.train.epochs:
         run.log.say(f"stopped early after epoch {state.epoch}")
-    run.log.say(f"best validation accuracy {100 * state.best.accuracy:.2f}%: {run.folder / 'best.pth'}")
+    best = run.folder / "best.pth"
+    where = best if best.exists() else f"{best} is not there any more"
+    run.log.say(f"best validation accuracy {100 * state.best.accuracy:.2f}%: {where}")
     return Result(folder=run.folder, records=state.records, best=state.best, losses=state.losses)
 
 
-def begin(config: Config, world: World) -> tuple[Run, TrainState]:
+def begin(config: Config, world: World, held: ExitStack) -> tuple[Run, TrainState]:
     """Everything before the first step: data, model, run folder, and the state that it goes on from.
+
+    Args:
+        held: is given the lock on the run folder, to be released when the run ends.
 
     Raises:
         UserError: as `fit`.
@@ -105,6 +110,7 @@ def begin(config: Config, world: World) -> tuple[Run, TrainState]:
     state = prepare(config, model, feed.steps * config.train.epochs, world, log)
     settle(config, state, next(feed.epoch(0, rank=world.rank, size=world.size)), world)
     folder, resumes = open_run(config, world)
+    world.only_first(lambda: held.callback(Hold(folder).release))
     found = restore(state, folder, config, data, world, log) if resumes else Newest()
     if config.run.resume == "auto" and config.run.name is None and not resumes:
         log.say(f"resume: no run.name was given, so this is a new run; --run.name {folder.name} would go on with it")
@@ -193,7 +199,9 @@ def train_epoch(run: Run, state: TrainState) -> None:
 
 
 def goes_on(config: Config, state: TrainState) -> bool:
-    """Whether another epoch is due: some are left, and patience is not at its end."""
+    """Whether another epoch is due: some are left, nobody has ended the run, and patience is not at its end."""
+    if state.stopped:
+        return False
     return state.epoch < config.train.epochs and not 0 < config.train.patience <= state.bad_epochs
 
 

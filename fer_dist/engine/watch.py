@@ -8,7 +8,7 @@ inside of torch: signals reach it through a file descriptor, which the interpret
 import contextlib
 import faulthandler
 import os
-import select
+import selectors
 import signal
 import sys
 import threading
@@ -20,12 +20,14 @@ from typing import Any, NoReturn, Self, TypeVar
 
 from fer_dist.config import RunConfig
 from fer_dist.errors import EXIT_RANK_LOST, Stopped, UserError
-from fer_dist.world import World
+from fer_dist.world import World, launcher
 
 T = TypeVar("T")
 
 LOOK_S = 0.25
 """How often the thread looks."""
+SUSPENDED_S = 5.0
+"""A thread that has not looked for so long was stopped itself, with all of its process."""
 LAST_STEP_S, LAST_STEP_FACTOR = 10.0, 3.0
 """A rank that was told to stop waits for the end of its step this long, or so many times its longest step so far."""
 
@@ -79,7 +81,8 @@ class Watch:
     def beat(self) -> None:
         """Say that this rank has come on."""
         now = time.monotonic()
-        self._longest = max(self._longest, now - self._beat)
+        if self._in_steps:
+            self._longest = max(self._longest, now - self._beat)
         self._beat = now
 
     def over(self, items: Iterable[T], *, until_asked: bool = False) -> Iterator[T]:
@@ -93,6 +96,7 @@ class Watch:
 
     def steps(self, batches: Iterable[T]) -> Iterator[T]:
         """The same for training steps: a rank that was told to stop does not wait long for the others in them."""
+        self.beat()
         self._in_steps = True
         try:
             yield from self.over(batches)
@@ -139,11 +143,17 @@ class Watch:
 
     def _look(self) -> None:
         """The thread: leaves on behalf of a main thread that waits for another rank and cannot."""
-        parent = os.getppid()
+        parent = launcher()
         told: float | None = None
+        looked = time.monotonic()
+        selector = selectors.DefaultSelector()  # select() itself knows the first 1024 files only
+        selector.register(self._woken, selectors.EVENT_READ)
         while not self._done.is_set():
-            ready, _, _ = select.select([self._woken], [], [], LOOK_S)
+            ready = selector.select(LOOK_S)
             now = time.monotonic()
+            if (away := now - looked) > SUSPENDED_S:  # a queue that suspends jobs, a container that is paused
+                self._beat, told = self._beat + away, told and told + away
+            looked = now
             if ready and any(number in self._signals for number in os.read(self._woken, 256)):
                 told = told or now
             if self._launched and os.getppid() != parent:  # workers of torchrun outlive it
@@ -155,6 +165,7 @@ class Watch:
                 wait = max(LAST_STEP_S, LAST_STEP_FACTOR * self._longest)
                 if now - max(told, self._beat) > wait:
                     self._leave(f"told to stop, and waiting for another rank for {wait:.0f} s {self.place}; not saved")
+        selector.close()
 
     def _stalled(self) -> None:
         """Write the stacks of this process, and leave; a process without a launcher is left to its owner."""

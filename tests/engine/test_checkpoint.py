@@ -1,14 +1,17 @@
 """Checkpoints: whole or not at all on disk, tensors and plain values only, and honest about damage."""
 
+import errno
 import hashlib
 import io
+import math
 import os
 import pickle
 import resource
 import signal
+import stat
 import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from io import BufferedRandom
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,8 @@ import pytest
 import torch
 
 from fer_dist.engine.checkpoint import FORMAT, SEAL_BYTES, Checkpoint, _seal, load, save, write_atomically
+from fer_dist.engine.describe import describe
+from fer_dist.engine.history import newest
 from fer_dist.errors import UserError
 from tests.models.tiny import pictures, tiny_model
 
@@ -172,6 +177,23 @@ def test_the_bytes_are_on_the_disk_before_the_name_is(tmp_path: Path, monkeypatc
     assert events == ["fsync tmp", "rename to file", f"fsync {tmp_path.name}"]
 
 
+@pytest.mark.parametrize("number", [errno.EINVAL, errno.ENOTSUP, errno.EIO])
+def test_a_file_system_that_cannot_sync_folders(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some network file systems, and FUSE: the file is written; a disk that fails is told."""
+    fsync = os.fsync
+
+    def without_folders(handle: int) -> None:
+        if stat.S_ISDIR(os.fstat(handle).st_mode):
+            raise OSError(number, os.strerror(number))
+        fsync(handle)
+
+    monkeypatch.setattr(os, "fsync", without_folders)
+    told = pytest.raises(UserError, match="Input/output error") if number == errno.EIO else nullcontext()
+    with told:
+        write_atomically(tmp_path / "file", lambda file: file.write(b"whole"))
+    assert (tmp_path / "file").read_bytes() == b"whole"
+
+
 def test_a_folder_that_is_a_file(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("")
     with pytest.raises(UserError, match="Not a directory"):
@@ -186,6 +208,46 @@ def test_a_missing_file(tmp_path: Path) -> None:
         load(tmp_path / "best.pth")
     with pytest.raises(UserError, match="Is a directory"):
         load(tmp_path)
+
+
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "last.pth")
+    with pytest.raises(UserError, match="no regular file"):
+        load(tmp_path / "last.pth")
+    assert "no regular file" in describe(tmp_path / "last.pth")["reason"]
+    with pytest.raises(UserError, match="none of the 1 checkpoints"):
+        newest(tmp_path)
+
+
+ODD: dict[str, Callable[[dict[str, Any]], object]] = {
+    "weights": lambda content: content["weights"].update(bias="none"),
+    "names of weights": lambda content: content["weights"].update({3: torch.zeros(1)}),
+    "config": lambda content: content["config"].update(seed=torch.zeros(1)),
+    "record": lambda content: content["record"].update(epoch=torch.zeros(1)),
+    "provenance": lambda content: content["provenance"].update(torch=[torch.zeros(1)]),
+    "losses": lambda content: content["resume"].update(losses=5),
+    "a loss": lambda content: content["resume"].update(losses=["x"]),
+    "an infinite loss": lambda content: content["resume"].update(losses=[math.inf]),
+    "step": lambda content: content["resume"].update(step=math.inf),
+    "epoch": lambda content: content["resume"].update(epoch="x"),
+    "a negative epoch": lambda content: content["resume"].update(epoch=-1),
+    "records": lambda content: content["resume"].update(records=[1]),
+    "best": lambda content: content["resume"].update(best={"confusion": [[1, 2]], "loss_sum": 1.0, "count": 3}),
+    "schedule": lambda content: content["resume"].update(schedule={"scale": "x"}),
+    "optimizer": lambda content: content["resume"].update(optimizer=None),
+}
+
+
+@pytest.mark.parametrize("part", ODD)
+def test_a_sealed_file_of_another_form(part: str, saved: tuple[Checkpoint, Path], tmp_path: Path) -> None:
+    """Anybody can compute the seal: what is in the file is looked at all the same."""
+    content = torch.load(saved[1], weights_only=True)
+    ODD[part](content)
+    path = tmp_path / "odd.pth"
+    write(content, path)
+    with pytest.raises(UserError, match=r"is not a checkpoint of fer_dist: its [\w.]+ has another form"):
+        load(path)
+    assert describe(path)["valid"] is False
 
 
 @pytest.mark.parametrize("part", [*(i / 16 for i in range(16)), 0.9999])

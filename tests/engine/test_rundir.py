@@ -1,11 +1,13 @@
 """The run folder: what is in it, that nobody overwrites it, and that a run goes on in it as if never broken."""
 
+import errno
 import json
 import math
 import re
+import shutil
 import subprocess
+import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,10 +22,12 @@ from fer_dist.config import Config, load_config
 from fer_dist.data.cache import open_faces
 from fer_dist.data.faces import VAL
 from fer_dist.data.feed import evaluation_batches
+from fer_dist.engine import run as run_module
 from fer_dist.engine import rundir, trainer
 from fer_dist.engine.checkpoint import load
 from fer_dist.engine.metrics import Metrics
 from fer_dist.engine.rundir import open_run
+from fer_dist.engine.runlog import EpochRecord
 from fer_dist.engine.score import score
 from fer_dist.engine.trainer import Result, fit
 from fer_dist.errors import UserError
@@ -311,6 +315,53 @@ def test_a_requeued_slurm_job_finds_its_folder(tmp_path: Path, monkeypatch: pyte
     assert open_run(settings(tmp_path), World(launch="new"))[1] is False
 
 
+def test_of_two_trainings_in_a_requeued_slurm_job_each_finds_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By their settings, but for where things lie and how the run reports."""
+    monkeypatch.setenv("SLURM_JOB_ID", "33")
+    made = {seed: open_run(settings(tmp_path, seed=seed), World(launch=f"first {seed}"))[0] for seed in (1, 2)}
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    for seed, folder in made.items():
+        again = settings(tmp_path, seed=seed, run__timeout_seconds=7.0, data__cache_dir="elsewhere")
+        assert open_run(again, World(launch=f"second {seed}")) == (folder, True)
+    assert open_run(settings(tmp_path, seed=3), World(launch="third"))[1] is False
+
+
+@pytest.mark.parametrize("name", [None, "mine"])
+def test_a_start_that_is_killed_while_it_makes_its_folder_leaves_none(
+    name: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the next start would find a folder that is nobody's, and refuse it."""
+
+    def gone(path: Path, content: Any) -> None:
+        raise Gone
+
+    config = settings(tmp_path, run__name=name)
+    with monkeypatch.context() as patch:
+        patch.setattr(rundir, "write_json", gone)
+        with pytest.raises(Gone):
+            open_run(config, FIRST)
+    assert list(tmp_path.iterdir()) == []
+    assert open_run(config, AGAIN)[1] is False
+
+
+def test_a_killed_start_leaves_only_what_is_not_in_the_way(tmp_path: Path) -> None:
+    """SIGKILL, so that nothing is tidied up."""
+    code = f"""
+import os, signal
+from pathlib import Path
+from fer_dist.config import Config
+from fer_dist.engine import rundir
+from fer_dist.world import World
+rundir.write_json = lambda *_: os.kill(os.getpid(), signal.SIGKILL)
+rundir.open_run(Config().override({{"run.name": "mine", "run.dir": {str(tmp_path)!r}}}), World(launch="one"))
+"""
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -9
+    assert not (tmp_path / "mine").exists()
+    assert open_run(settings(tmp_path, run__name="mine"), AGAIN) == (tmp_path / "mine", False)
+
+
 @pytest.mark.parametrize("content", ["", "[1]", "{", '{"launch": 3}', '{"slurm": null}'])
 def test_a_damaged_launch_json_is_of_nobody(tmp_path: Path, content: str) -> None:
     first, _ = open_run(settings(tmp_path), FIRST)
@@ -337,43 +388,136 @@ def stateful(folder: Path, **values: Any) -> Config:
     return tiny("patt_lite", folder, **{**settings, **values})
 
 
-def breaks_after(epoch: int) -> Callable[[Any], bool]:
-    return lambda record: bool(record.epoch == epoch)
+class Gone(Exception):
+    """The process would be gone."""
 
 
-def test_a_resumed_run_is_the_unbroken_run(tmp_path: Path) -> None:
+def fit_until(config: Config, epoch: int, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The losses of a process that is gone right after the save of an epoch."""
+    losses: list[float] = []
+
+    def leave_epoch(run: Any, state: Any, record: Any, *rest: Any) -> None:
+        leave(run, state, record, *rest)
+        losses[:] = state.losses
+        if record.epoch == epoch:
+            raise Gone
+
+    leave = run_module.leave_epoch
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer, "leave_epoch", leave_epoch)
+        with pytest.raises(Gone):
+            fit(config)
+    return losses
+
+
+def test_a_resumed_run_is_the_unbroken_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights, EMA, optimizer, schedule, metrics and checkpoints, to the bit."""
     with no_pictures():
         whole = fit(stateful(tmp_path, run__name="whole"))
         config = stateful(tmp_path, run__name="broken", run__tensorboard=True)
-        parts = [fit(config, on_epoch=breaks_after(epoch)) for epoch in (1, 3, 4)]
-    assert [len(part.losses) for part in parts] == [6, 12, 6]
-    assert [loss for part in parts for loss in part.losses] == whole.losses
-    assert plain_lines(parts[-1].folder) == plain_lines(whole.folder)
-    assert [record["epoch"] for record in parts[-1].records] == [1, 2, 3, 4]
+        parts = [fit_until(config, epoch, monkeypatch) for epoch in (1, 3)]
+        last = fit(config)
+    assert [len(part) for part in (*parts, last.losses)] == [6, 12, 6]
+    assert [*parts[0], *parts[1], *last.losses] == whole.losses
+    assert plain_lines(last.folder) == plain_lines(whole.folder)
+    assert [record["epoch"] for record in last.records] == [1, 2, 3, 4]
     assert len({line["lr"] for line in plain_lines(whole.folder)}) > 1, "plateau has moved"
-    assert parts[-1].best.confusion_KK.tolist() == whole.best.confusion_KK.tolist()
+    assert last.best.confusion_KK.tolist() == whole.best.confusion_KK.tolist()
     for name in ("best.pth", "last.pth"):
-        assert same(everything(parts[-1].folder / name), everything(whole.folder / name)), name
-    reports = [json.loads((part.folder / "report.json").read_text()) for part in (parts[-1], whole)]
+        assert same(everything(last.folder / name), everything(whole.folder / name)), name
+    reports = [json.loads((part.folder / "report.json").read_text()) for part in (last, whole)]
     assert reports[0] == reports[1]
-    events = EventAccumulator(str(parts[-1].folder / "tensorboard"))
+    events = EventAccumulator(str(last.folder / "tensorboard"))
     events.Reload()
     assert [event.value for event in events.Scalars("train/step_loss")] == pytest.approx(whole.losses, rel=1e-6)
 
 
-def test_an_epoch_that_was_broken_off_is_done_again(tmp_path: Path) -> None:
+def test_an_epoch_that_was_broken_off_is_done_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The line of metrics.jsonl was written, last.pth not: the line is replaced, not doubled."""
     with no_pictures():
         whole = fit(stateful(tmp_path, run__name="whole", train__epochs=2))
         config = stateful(tmp_path, run__name="broken", train__epochs=2)
-        folder = fit(config, on_epoch=breaks_after(1)).folder
+        fit_until(config, 1, monkeypatch)
+        folder = tmp_path / "broken"
         old = (folder / "last.pth").read_bytes()
         with (folder / "metrics.jsonl").open("a") as file:
             file.write('{"epoch": 2, "half a line')
         assert fit(config).losses == whole.losses[6:]
     assert plain_lines(folder) == plain_lines(whole.folder)
     assert (folder / "last.pth").read_bytes() != old
+
+
+def test_an_answer_of_on_epoch_outlives_the_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Stopped by it, killed before the save: asked again. Killed after the save: it stays stopped."""
+    config = stateful(tmp_path, run__name="mine")
+    asked: list[int] = []
+
+    def stop(record: EpochRecord) -> bool:
+        asked.append(record.epoch)
+        return record.epoch == 2
+
+    def save_state(run: Any, state: Any) -> None:
+        if state.epoch == 2:
+            raise Gone
+        save(run, state)
+
+    save = run_module.save_state
+    with no_pictures():
+        with monkeypatch.context() as patch:
+            patch.setattr(run_module, "save_state", save_state)
+            with pytest.raises(Gone):
+                fit(config, on_epoch=stop)
+        assert len(fit(config, on_epoch=stop).records) == 2
+        assert asked == [1, 2, 2]
+        assert len(fit(config).records) == 2, "it was stopped"
+        assert len(fit(config.override({"train.epochs": 5})).records) == 5, "more epochs are asked for"
+
+
+def test_checkpoints_that_were_removed_are_missed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = stateful(tmp_path, run__name="mine", train__epochs=2)
+    with no_pictures():
+        folder = fit(config).folder
+        shutil.rmtree(folder / "checkpoints")
+        (folder / "last.pth").unlink()
+        before = (folder / "metrics.jsonl").read_bytes()
+        with pytest.raises(UserError, match="has the metrics of several epochs and no checkpoint"):
+            fit(config)
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_folder_has_one_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second one waits, and gives up; the lock goes with its process."""
+    monkeypatch.setattr(rundir, "HOLD_S", 0.5)
+    config = stateful(tmp_path, run__name="mine", train__epochs=1)
+    heard: list[str] = []
+
+    def second(record: EpochRecord) -> None:
+        with pytest.raises(UserError, match=r"another process writes into .*mine and has not left within"):
+            fit(config)
+        heard.append("refused")
+
+    with no_pictures():
+        assert len(fit(config, on_epoch=second).records) == 1
+        assert heard == ["refused"]
+        fit(config)
+    holds = "import sys, time; from pathlib import Path; from fer_dist.engine.rundir import Hold"
+    code = f"{holds}; held = Hold(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)"
+    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path / "mine")], stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        with pytest.raises(UserError, match="another process writes"):
+            rundir.Hold(tmp_path / "mine")
+        other.kill()
+        other.wait()
+        rundir.Hold(tmp_path / "mine").release()
+
+
+def test_a_file_system_without_locks_is_used_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(handle: int, how: int) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(rundir.fcntl, "flock", none)  # type: ignore[attr-defined]
+    rundir.Hold(tmp_path).release()
 
 
 def test_a_finished_run_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

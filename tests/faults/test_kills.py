@@ -110,6 +110,17 @@ def test_a_killed_launcher_takes_its_ranks_along(whole: Whole, tmp_path: Path) -
     assert again.hash == whole(2, "patt_lite").hash
 
 
+def test_a_launcher_that_dies_before_the_first_step_is_missed_too(tmp_path: Path) -> None:
+    """While data are read, or the ranks wait for each other: they do not train on for nobody."""
+    process = begin(tmp_path, 2, {"rank": 9, "launcher": 2})
+    ended = end(tmp_path, process)
+    assert ended.alive == []
+    assert ended.done.code == -signal.SIGKILL
+    assert "the end of its launcher after step" in ended.done.err
+    assert 0 < load(ended.folder / "last.pth").resume["step"] < STEPS
+    assert not (ended.folder / "best.pth").exists()
+
+
 def moments(ranks: int, count: int, seed: int) -> list[dict[str, Any]]:
     """Seeded moments after the first save; every third inside of a save."""
     random = np.random.default_rng(seed)

@@ -61,6 +61,55 @@ def test_one_process_is_left_to_its_owner(tmp_path: Path, capsys: pytest.Capture
     assert "test_one_process_is_left_to_its_owner" in (tmp_path / "stacks" / "rank-0.txt").read_text()
 
 
+WATCHED = """
+import os, time
+from pathlib import Path
+from fer_dist.config import RunConfig
+from fer_dist.engine.watch import Watch
+from fer_dist.world import World
+os.environ["RANK"] = "0"
+"""
+
+
+def test_a_process_that_was_suspended_goes_on(tmp_path: Path) -> None:
+    """A queue that suspends jobs, a container that is paused: the time away is not the run's."""
+    code = f"""{WATCHED}
+import signal, subprocess
+with Watch(RunConfig(timeout_seconds=4.0), World(), Path({str(tmp_path)!r})) as watch:
+    with subprocess.Popen(["sh", "-c", f"sleep 7; kill -CONT {{os.getpid()}}"]):
+        os.kill(os.getpid(), signal.SIGSTOP)
+        time.sleep(2)
+    watch.beat()
+"""
+    done = python("-c", code)
+    assert (done.code, done.err) == (0, "")
+
+
+def test_it_watches_with_many_files_open(tmp_path: Path) -> None:
+    """select() knows the first 1024 only."""
+    code = f"""{WATCHED}
+import resource
+resource.setrlimit(resource.RLIMIT_NOFILE, (4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+files = [open("/dev/null") for _ in range(1100)]
+with Watch(RunConfig(timeout_seconds=0.2), World(), Path({str(tmp_path)!r})):
+    time.sleep(60)
+"""
+    done = python("-c", code)
+    assert done.code == EXIT_RANK_LOST
+    assert "no progress for 0.2 s" in done.err
+
+
+def test_the_longest_step_is_one_of_a_step(tmp_path: Path) -> None:
+    """Not the end of an epoch with its pictures: a rank that is told to stop would wait for three of those."""
+    with Watch(RunConfig(), World(), tmp_path) as watch:
+        for _ in watch.steps(range(2)):
+            time.sleep(0.02)
+        time.sleep(0.5)
+        for _ in watch.steps(range(2)):
+            time.sleep(0.02)
+        assert 0.02 <= watch._longest < 0.4
+
+
 def test_a_rank_leaves_though_its_stacks_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "stacks").write_text("a file in the place of the folder")
     code = f"""

@@ -11,7 +11,8 @@ FAULT: {"rank": R, "signal": "SIGKILL", "step": S, "after_s": T}: T seconds afte
        {"rank": R, "signal": ..., "evaluation": S}: within the evaluation after S steps;
        {"rank": R, "spoil": {"S": "loss" | "gradient" | "statistics", ...}}: a NaN there in step S;
        {"rank": R, "settings": {...}}: other settings for that rank;
-       {"rank": R, "weights": true}: other initial weights.
+       {"rank": R, "weights": true}: other initial weights;
+       {"rank": R, "launcher": S}: rank 0 kills the launcher while it makes its model, and S seconds go by.
 SLOW_S in the environment: how long each event of a save takes, as on a slow disk [s].
 """
 
@@ -56,6 +57,7 @@ class Faulty:
 
     def __init__(self, out: Path, rank: int, fault: dict[str, Any]) -> None:
         self._out, self._rank = out, rank
+        self._launcher_dies_s = fault.get("launcher", 0)
         self._fault = fault if START == 0 and rank == fault.get("rank") else {}
         self._saving = -1
         self._event = 0
@@ -66,6 +68,9 @@ class Faulty:
         os.kill(os.getpid(), getattr(signal, self._fault["signal"]))
 
     def build_model(self, *arguments: Any) -> Any:
+        if self._rank == 0 and START == 0 and self._launcher_dies_s:
+            os.kill(os.getppid(), signal.SIGKILL)
+            time.sleep(self._launcher_dies_s)
         model = build_model(*arguments)
         if self._fault.get("weights"):
             with torch.no_grad():
