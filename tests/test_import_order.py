@@ -76,12 +76,36 @@ ORDER = (
     "fer_dist.engine.step",
     "fer_dist.engine.run",
     "fer_dist.engine.trainer",
+    "fer_dist.serve",
+    "fer_dist.serve.artifact",
+    "fer_dist.serve.onnxshapes",
+    "fer_dist.serve.onnxfile",
+    "fer_dist.serve.ortsession",
+    "fer_dist.serve.engine",
+    "fer_dist.serve.runner",
     # entries
     "fer_dist.train",
     "fer_dist.audit",
     "fer_dist.checkpoint",
     # beside fer_dist: they import it, never each other
     "export",
+    "export.console",
+    "export.graph",
+    "export.rewrite",
+    "export.calibrate",
+    "export.float16",
+    "export.int8",
+    "export.precision",
+    "export.answers",
+    "export.gate",
+    "export.source",
+    "export.delivery",
+    "export.engines",
+    "export.pipeline",
+    "export.onnx",
+    "export.trt",
+    "export.parity",
+    "export.bench",
     "tune",
 )
 
@@ -93,6 +117,10 @@ ENTRIES = (
     "fer_dist.checkpoint",
     "fer_dist.predict",
     "fer_dist.app",
+    "export.onnx",
+    "export.trt",
+    "export.parity",
+    "export.bench",
     "tune.search",
 )
 
@@ -100,8 +128,8 @@ ENTRIES = (
 ONLY_IN = {
     "torch.distributed": ("fer_dist.world",),
     "ray": ("tune",),
-    "tensorrt": ("export", "fer_dist.serve"),
-    "tensorrt_rtx": ("export", "fer_dist.serve"),
+    "tensorrt": ("export.engines", "fer_dist.serve.engine"),
+    "tensorrt_rtx": ("export.engines", "fer_dist.serve.engine"),
     "tune": ("tune",),
     "export": ("export",),
 }

@@ -1,0 +1,113 @@
+"""From a model to one ONNX graph: stored pictures in, logits and probabilities out."""
+
+import warnings
+from typing import Any
+
+import onnx
+import torch
+from torch import Tensor, nn
+
+from fer_dist.errors import UserError
+from fer_dist.models.base import FaceModel
+from fer_dist.serve.artifact import INPUT, LOGITS, PROBABILITIES, onnx_metadata
+from fer_dist.spec import ModelSpec
+from fer_dist.tensors import first_line
+
+OPSET = 20
+"""From 23 on `Attention` nodes appear, which ONNX Runtime's int8 and TensorRT for RTX's fp32 do not take."""
+EXAMPLES = 2
+"""Pictures that the exporter traces with: with one, a batch of one may be written into the graph."""
+
+
+class Exported(nn.Module):
+    """A model as it is exported: uint8 `[N, 1, S, S]` -> float32 logits and probabilities, `[N, K]` each."""
+
+    def __init__(self, model: FaceModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        logits_NK = self.model(images).float()
+        return logits_NK, logits_NK.softmax(1)
+
+
+def to_onnx(model: FaceModel, checkpoint_sha256: str) -> onnx.ModelProto:
+    """The float32 graph of a model, with a free batch size, checked, and with our contract in its metadata.
+
+    Args:
+        model: left in evaluation mode, in float32, with plain attention.
+        checkpoint_sha256: of the file that the weights came from.
+
+    Raises:
+        UserError: torch's exporter does not take the network.
+    """
+    model.float().set_attn_implementation("eager")
+    graph = trace(Exported(model).eval(), model.spec)
+    put_metadata(graph, onnx_metadata(model.spec, precision="fp32", checkpoint_sha256=checkpoint_sha256))
+    check(graph, model.spec)
+    return graph
+
+
+def trace(exported: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
+    """What torch's exporter makes of pictures -> (logits, probabilities).
+
+    Raises:
+        UserError: it does not take the network.
+    """
+    side = spec.input.size
+    images_N1SS = torch.zeros(EXAMPLES, 1, side, side, dtype=torch.uint8)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of the exporter about itself
+            program = torch.onnx.export(
+                exported,
+                (images_N1SS,),
+                dynamo=True,
+                verbose=False,
+                opset_version=OPSET,
+                input_names=[INPUT],
+                output_names=[LOGITS, PROBABILITIES],
+                dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
+                external_data=False,
+            )
+    except Exception as error:  # a thousand networks of timm, and whatever the exporter makes of them
+        raise UserError(
+            f"torch's ONNX exporter does not take {spec.arch}: {first_line(error)}", "another architecture"
+        ) from error
+    assert program is not None
+    graph: onnx.ModelProto = program.model_proto
+    _strip(graph)
+    return graph
+
+
+def put_metadata(graph: onnx.ModelProto, properties: dict[str, str]) -> None:
+    """Replace a graph's metadata_props."""
+    del graph.metadata_props[:]
+    for name, text in properties.items():
+        graph.metadata_props.add(key=name, value=text)
+
+
+def check(graph: onnx.ModelProto, spec: ModelSpec) -> None:
+    """onnx.checker with shape inference, and the shapes that the contract promises."""
+    onnx.checker.check_model(graph, full_check=True)
+    found = [_shape(value) for value in (*graph.graph.input, *graph.graph.output)]
+    side, classes = spec.input.size, len(spec.labels)
+    expected = [(INPUT, [1, side, side]), (LOGITS, [classes]), (PROBABILITIES, [classes])]
+    assert [(name, dims[1:]) for name, dims in found] == expected, f"the exporter made {found}"
+    assert all(isinstance(dims[0], str) for _, dims in found), f"the exporter fixed the batch: {found}"
+
+
+def _shape(value: onnx.ValueInfoProto) -> tuple[str, list[Any]]:
+    dims = value.type.tensor_type.shape.dim
+    return value.name, [dim.dim_param if dim.HasField("dim_param") else dim.dim_value for dim in dims]
+
+
+def _strip(graph: onnx.ModelProto) -> None:
+    """Take the exporter's notes out: paths of this machine and lines of source, most of a small file."""
+    for part in (*graph.graph.node, *graph.graph.value_info, *graph.graph.input, *graph.graph.output):
+        del part.metadata_props[:]
+        part.doc_string = ""
+    for tensor in graph.graph.initializer:
+        del tensor.metadata_props[:]
+        tensor.doc_string = ""
+    del graph.graph.metadata_props[:]

@@ -1,0 +1,114 @@
+"""What is exported: a checkpoint, or an ONNX file of ours."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from export.answers import data_settings
+from export.console import say
+from fer_dist.engine.checkpoint import Checkpoint, load
+from fer_dist.errors import UserError
+from fer_dist.serve.artifact import ExportedModel, Precision, file_sha256, read_sidecar, sidecar
+from fer_dist.serve.onnxfile import read_onnx
+from fer_dist.spec import ModelSpec
+
+CHECKPOINTS = (".pth", ".safetensors")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What everything is made from.
+
+    Attributes:
+        checkpoint: None where an ONNX file was given.
+        graph: None where a checkpoint was given.
+        reference: the file that artifacts are compared with.
+        settings: of the data set that the model was judged on (`data_settings`); empty: unknown.
+    """
+
+    path: Path
+    spec: ModelSpec
+    precision: Precision
+    checkpoint_sha256: str
+    reference: Path
+    settings: dict[str, Any]
+    checkpoint: Checkpoint | None = None
+    graph: onnx.ModelProto | None = None
+
+    def name(self, precision: str, suffix: str) -> Path:
+        """`best.onnx`, `best.fp16.engine`, ..., beside the source."""
+        stem = self.path.stem.removesuffix(f".{self.precision}")
+        return self.path.with_name(f"{stem}{'' if precision == 'fp32' else f'.{precision}'}{suffix}")
+
+
+def open_source(path: Path) -> Source:
+    """A checkpoint, or an ONNX file of ours.
+
+    Raises:
+        UserError: it is neither, or is damaged.
+    """
+    if path.suffix in CHECKPOINTS:
+        checkpoint = load(path)
+        return Source(
+            path=path,
+            spec=checkpoint.spec,
+            precision="fp32",
+            checkpoint_sha256=file_sha256(path),
+            reference=path,
+            settings=data_settings(checkpoint.config),
+            checkpoint=checkpoint,
+        )
+    if path.suffix != ".onnx":
+        raise UserError(
+            f"{path} is neither a checkpoint ({', '.join(CHECKPOINTS)}) nor an .onnx of fer_dist",
+            "name a checkpoint such as runs/NAME/best.pth",
+        )
+    opened = read_onnx(path)
+    beside = _beside(path)
+    return Source(
+        path=path,
+        spec=opened.spec,
+        precision=opened.precision,
+        checkpoint_sha256=opened.checkpoint_sha256,
+        reference=_reference_of(path, opened.checkpoint_sha256, beside),
+        settings=beside.data if beside else {},
+        graph=opened.model,
+    )
+
+
+def settings_of(path: Path) -> dict[str, Any]:
+    """Of the data set that an artifact's model was judged on (`data_settings`); empty: unknown.
+
+    Raises:
+        UserError: the artifact or its sidecar cannot be read.
+    """
+    if path.suffix in CHECKPOINTS:
+        return data_settings(load(path).config)
+    beside = _beside(path)
+    return beside.data if beside else {}
+
+
+def _beside(path: Path) -> ExportedModel | None:
+    """The sidecar of an artifact, if there is one and it is about this file."""
+    if not sidecar(path).exists():
+        return None
+    found = read_sidecar(path)
+    if found.sha256 == file_sha256(path):
+        return found
+    say(f"{sidecar(path).name} is about another file than {path.name}: not used")
+    return None
+
+
+def _reference_of(path: Path, checkpoint_sha256: str, beside: ExportedModel | None) -> Path:
+    """The checkpoint that an ONNX file came from, or the graph before it, where one lies beside it; else itself."""
+    for suffix in CHECKPOINTS:
+        for other in sorted(path.parent.glob(f"*{suffix}")):
+            if path.name.startswith(f"{other.stem}.") and file_sha256(other) == checkpoint_sha256:
+                return other
+    parent = path.with_name(beside.parent) if beside else path
+    if beside and parent.suffix == ".onnx" and parent.is_file() and file_sha256(parent) == beside.parent_sha256:
+        return parent
+    say(f"the checkpoint that {path.name} came from is not beside it: artifacts are compared with {path.name} itself")
+    return path

@@ -1,0 +1,188 @@
+"""`python -m export.bench`: turns, percentiles, table and JSON."""
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from export import bench
+from fer_dist.serve.runner import Runner
+from tests.conftest import ROOT
+from tests.serve.artifacts import SIDE, SPEC, tiny_onnx, write
+
+
+class Clock:
+    """Time that passes only when somebody works: what a busy machine does to real time is not tested here."""
+
+    def __init__(self) -> None:
+        self.ns = 0
+
+    def perf_counter_ns(self) -> int:
+        return self.ns
+
+    def pass_ms(self, ms: float) -> None:
+        self.ns += int(ms * 1e6)
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    found = Clock()
+    monkeypatch.setattr(bench, "time", found)
+    return found
+
+
+class Slow(Runner):
+    """Lets time pass instead of computing, and writes down its turns."""
+
+    kind = "onnx"
+
+    def __init__(self, name: str, ms: float, clock: Clock, log: list[str], gpu: bool = False) -> None:
+        super().__init__(Path(name), SPEC, "fp32", "c" * 64)
+        self.runs_on, self.on_gpu = "a bed", gpu
+        self._ms, self._clock, self._log = ms, clock, log
+
+    def _run(self, images_N1SS: Tensor) -> tuple[Tensor, Tensor]:
+        self._log.append(self.path.name)
+        self._clock.pass_ms(self._ms)
+        return torch.zeros(len(images_N1SS), 7), torch.zeros(len(images_N1SS), 7)
+
+    def _close(self) -> None: ...
+
+
+IMAGES = torch.zeros(4, 1, SIDE, SIDE, dtype=torch.uint8)
+
+
+def test_latency_throughput_and_ratio(clock: Clock) -> None:
+    runners = [Slow("slow", 10, clock, []), Slow("quick", 2, clock, [])]
+    slow, quick = bench.measure(runners, IMAGES, threads=3, seconds=0.2, warmup=2)
+    assert (slow.p50_ms, slow.p95_ms, slow.p99_ms, slow.ratio, slow.calls) == (10, 10, 10, 1, 20)
+    assert (quick.p50_ms, quick.p95_ms, quick.p99_ms, quick.ratio, quick.calls) == (2, 2, 2, 0.2, 100)
+    assert slow.images_per_second == pytest.approx(4 / 0.01)
+    assert quick.images_per_second == pytest.approx(4 / 0.002)
+    assert (slow.threads, slow.batch, slow.runs_on, slow.gpu_p50_ms) == (3, 4, "a bed", None)
+
+
+def test_they_take_turns(clock: Clock) -> None:
+    """Each has its time in several turns, the others' between them."""
+    log: list[str] = []
+    bench.measure([Slow(name, 1, clock, log) for name in "abc"], IMAGES, threads=1, seconds=0.05, warmup=2)
+    assert log[:6] == ["a", "a", "b", "b", "c", "c"], "warm-up first"
+    turns = [(name, len(list(calls))) for name, calls in groupby(log[6:])]
+    assert [name for name, _ in turns] == list("abc") * bench.TURNS
+    assert max(calls for _, calls in turns) < len(log) / 6, "no turn takes half of the time of its artifact"
+
+
+def test_the_first_call_of_a_turn_is_not_timed(clock: Clock) -> None:
+    times: list[int] = []
+    pauses = iter([50, 1, 1])
+    bench._turn(lambda: clock.pass_ms(next(pauses)), times, until=2e6)
+    assert times == [1e6, 1e6]
+
+
+def test_a_call_longer_than_its_time_is_timed_once_a_turn(clock: Clock) -> None:
+    (found,) = bench.measure([Slow("a", 5, clock, [])], IMAGES, threads=1, seconds=0.001, warmup=0)
+    assert found.calls == bench.TURNS
+
+
+def test_a_gpu_has_no_threads(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench, "_graph_ms", lambda *_: 0.5)
+    (found,) = bench.measure([Slow("a", 1, clock, [], gpu=True)], IMAGES, threads=2, seconds=0.01, warmup=0)
+    assert (found.threads, found.gpu_p50_ms) == (None, 0.5)
+
+
+def test_percentiles_are_times_that_were_measured() -> None:
+    times = [ms * 1_000_000 for ms in range(100, 0, -1)]
+    assert [bench._percentile(times, part) for part in (50, 95, 99)] == [50, 95, 99]
+    assert bench._percentile([7_000_000], 99) == 7
+    assert bench._percentile([3_000_000, 1_000_000, 2_000_000], 50) == 2
+
+
+def run(*words: str, check: Callable[[int], bool] = lambda code: code == 0) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "export.bench", *words], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert check(done.returncode), done.stderr
+    return done
+
+
+def test_the_command(tmp_path: Path) -> None:
+    """Table on stdout, everything in the JSON; two files, two batch sizes, two counts of threads."""
+    paths = [str(write(tmp_path, tiny_onnx(), name)) for name in ("a.onnx", "b.onnx")]
+    report = tmp_path / "bench.json"
+    words = ["--batch", "1,3", "--threads", "1,2", "--seconds", "0.02", "--warmup", "1", "--json", str(report)]
+    done = run(*paths, *words, "--provider", "cpu")
+    assert done.stderr == ""
+    found: dict[str, Any] = json.loads(report.read_text())
+    kept = [(Path(r["artifact"]).name, r["batch"], r["threads"]) for r in found["results"]]
+    assert kept == [(name, n, threads) for threads in (1, 2) for n in (1, 3) for name in ("a.onnx", "b.onnx")]
+    assert {r["runs_on"] for r in found["results"]} == {"CPUExecutionProvider"}
+    assert all(r["calls"] >= bench.TURNS and r["images_per_second"] > 0 for r in found["results"])
+    assert found["machine"]["cpu"]
+    assert found["machine"]["versions"]["torch"] == torch.__version__.partition("+")[0]
+    assert found["settings"]["pictures"] == "random uint8"
+    assert found["settings"]["seconds"] == 0.02
+    for words_ in ("random uint8 pictures", "1 warm-up batches", "perf_counter_ns", "images/s", "CPUExecutionProvider"):
+        assert words_ in done.stdout
+    rows = [line.split() for line in done.stdout.splitlines() if line.strip().startswith(("a.onnx ", "b.onnx "))]
+    assert [row[:3] for row in rows] == [[name, str(n), str(threads)] for name, n, threads in kept]
+    assert [row[7] for row in rows if row[0] == "a.onnx"] == ["1.00"] * 4
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["{}/none.onnx"], "cannot read"),
+        (["{}/a.onnx", "--provider", "cuda"], "provider cuda needs a GPU|was asked for"),
+        (["{}/a.onnx", "--batch", "0"], "--batch"),
+        (["{}/a.onnx", "--batch", "1000000"], "largest --batch 1000000"),
+        (["{}/a.onnx", "--seconds", "nan"], "--seconds is nan"),
+        (["{}/a.onnx", "--json", "{}/none/bench.json"], "cannot be written"),
+        ([], "ARTIFACT"),
+    ],
+)
+def test_errors_are_said_once(
+    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    write(tmp_path, tiny_onnx(), "a.onnx")
+    monkeypatch.setattr(sys, "argv", ["bench", *(word.format(tmp_path) for word in words)])
+    with pytest.raises(SystemExit) as left:
+        bench.main()
+    assert left.value.code == 2
+    err = capsys.readouterr().err
+    assert err.count("error:") == 1
+    assert any(part in err for part in said.split("|"))
+
+
+def test_pictures_of_different_sizes_are_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from fer_dist.serve import runner
+
+    opened = iter([Slow("a", 0, Clock(), []), Slow("b", 0, Clock(), [])])
+
+    def open_one(path: Path, **_: Any) -> Runner:
+        found = next(opened)
+        if path.name == "b":
+            found.spec = type(SPEC)(arch="vit")
+        return found
+
+    monkeypatch.setattr(runner, "open_runner", open_one)
+    monkeypatch.setattr(sys, "argv", ["bench", "a", "b"])
+    with pytest.raises(SystemExit):
+        bench.main()
+    assert "different sizes" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_a_gpu_is_timed_by_events(tmp_path: Path) -> None:
+    path = write(tmp_path, tiny_onnx(), "a.onnx")
+    done = run(str(path), "--seconds", "0.1", "--batch", "1")
+    assert "CUDAExecutionProvider" in done.stdout

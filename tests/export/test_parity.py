@@ -1,0 +1,132 @@
+"""`python -m export.parity A B`: any two artifacts."""
+
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from export.parity import main
+from fer_dist.engine.checkpoint import load, save
+from fer_dist.errors import EXIT_REJECTED, EXIT_USER_ERROR, UserError
+from fer_dist.serve.artifact import file_sha256
+from fer_dist.serve.runner import open_runner
+from fer_dist.spec import LabelSet
+from tests.conftest import ROOT
+from tests.export.rig import command, content, exported, nothing_changes, saved
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """best.pth and best.onnx, and other.pth with another last layer."""
+    folder = tmp_path_factory.mktemp("parity")
+    path = saved(folder, "vit")
+    checkpoint = load(path)
+    (folder / "best.onnx").write_bytes(exported(checkpoint.model(), file_sha256(path)).SerializeToString())
+    changed = {name: value * (1.01 if "classifier" in name else 1) for name, value in checkpoint.weights.items()}
+    save(folder / "other.pth", replace(checkpoint, weights=changed))
+    return folder
+
+
+def test_a_pair_that_is_the_same(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with nothing_changes(folder):
+        for pair in (("best.pth", "best.onnx"), ("best.onnx", "best.pth"), ("best.pth", "best.pth")):
+            assert command(main, *(folder / name for name in pair)) == 0
+            shown = capsys.readouterr().out
+            assert ": passed\n" in shown
+            assert "140 of 140, validation part of embedded drawn faces" in shown
+            assert "not meaningful" not in shown
+            assert "different checkpoints" not in shown
+
+
+def test_a_pair_that_is_not(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Another checkpoint is only told; that it is another function is the reason."""
+    assert command(main, folder / "best.onnx", folder / "other.pth") == EXIT_REJECTED
+    out, err = capsys.readouterr()
+    assert "made from different checkpoints" in out
+    assert "REJECTED: relative difference" in out
+    assert err.startswith("rejected: ")
+    assert "checkpoint" not in err.partition("relative")[2]
+    assert command(main, folder / "best.onnx", folder / "other.pth", "--tolerance", "relative=1,agreement=0.5") == 0
+    assert "loosened       relative=1, agreement=0.5" in capsys.readouterr().out
+
+
+def test_other_labels(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """In another order: a reason, however alike the numbers. Another count: nothing to compare."""
+    checkpoint = load(folder / "best.pth")
+    spec = checkpoint.spec
+    renamed = replace(checkpoint, spec=replace(spec, labels=LabelSet(names=tuple(sorted(spec.labels.names)))))
+    save(tmp_path / "renamed.pth", renamed)
+    assert command(main, folder / "best.pth", tmp_path / "renamed.pth") == EXIT_REJECTED
+    assert "its labels are angry, disgust, fear, happy, neutral, sad, surprise" in capsys.readouterr().err
+    few = replace(spec, labels=LabelSet(names=("a", "b", "c")))
+    weights = {name: value[:3] if "classifier" in name else value for name, value in checkpoint.weights.items()}
+    save(tmp_path / "few.pth", replace(checkpoint, spec=few, weights=weights))
+    assert command(main, folder / "best.pth", tmp_path / "few.pth") == EXIT_REJECTED
+    assert "has 3 classes" in capsys.readouterr().err
+
+
+def test_the_command_with_data(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """--data and --limit; what is not there is a UserError, once."""
+    rows = "\n".join(f"{i % 7},{' '.join([str(i * 7)] * 48 * 48)},PublicTest" for i in range(9))
+    (tmp_path / "faces.csv").write_text(f"emotion,pixels,Usage\n{rows}\n")
+    words = [folder / "best.pth", folder / "best.onnx", "--data", tmp_path / "faces.csv"]
+    assert command(main, *words, "--limit", 4) == 0
+    assert "4 of 9, validation part of" in capsys.readouterr().out
+    for wrong in (
+        [*words[:3], tmp_path / "nothing.csv"],
+        [folder / "best.pth", folder / "best.gone"],
+        [folder / "best.pth"],
+        [*words, "--limit", "0"],
+        [*words, "--tolerance", "x=1"],
+        [*words, "--unknown"],
+    ):
+        assert command(main, *wrong) == EXIT_USER_ERROR
+        out, err = capsys.readouterr()
+        assert err.startswith("error: ")
+        assert err.count("error: ") == 1
+        assert "parity of" not in out
+
+
+@pytest.mark.usefixtures("few_faces")
+def test_without_its_checkpoint_an_onnx_file_has_no_data(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(folder / "best.onnx", tmp_path)
+    assert command(main, tmp_path / "best.onnx", folder / "best.pth", "--limit", 3) == 0  # the other one has some
+    assert "not meaningful" not in capsys.readouterr().out
+    assert command(main, tmp_path / "best.onnx", tmp_path / "best.onnx", "--limit", 3) == 0
+    assert "not meaningful: these are not the pictures that the model was made for" in capsys.readouterr().out
+    assert sorted(content(tmp_path)) == ["best.onnx"]
+
+
+@pytest.mark.parametrize("module", ["export.parity", "export.onnx", "export.trt"])
+def test_help_answers_at_once(module: str) -> None:
+    """Without torch, onnx or TensorRT."""
+    code = (
+        f"import sys, runpy; sys.argv = ['x', '--help']\n"
+        f"try: runpy.run_module('{module}', run_name='__main__')\n"
+        f"except SystemExit as left: print('left', left.code)\n"
+        f"print(sorted(set(sys.modules) & {{'torch', 'onnx', 'numpy', 'tensorrt', 'tensorrt_rtx', 'onnxruntime'}}))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.startswith(f"usage: python -m {module} ")
+    assert done.stdout.endswith("left 0\n[]\n")
+    assert "--tolerance TEXT" in done.stdout
+
+
+def test_runners_are_closed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also when the comparison fails in the middle."""
+    opened = []
+
+    def watched(*given: object, **named: object) -> object:
+        opened.append(open_runner(*given, **named))  # type: ignore[arg-type]
+        return opened[-1]
+
+    monkeypatch.setattr("fer_dist.serve.runner.open_runner", watched)
+    monkeypatch.setattr("export.answers.ask", lambda *given: (_ for _ in ()).throw(UserError("broken", "")))
+    assert command(main, folder / "best.pth", folder / "best.onnx") == EXIT_USER_ERROR
+    assert len(opened) == 2
+    assert all(runner._closed for runner in opened)
