@@ -1,9 +1,11 @@
 """Where artifacts are made: a folder beside the source, out of which only what is whole and judged moves."""
 
 import os
+import shutil
 import signal
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -17,6 +19,9 @@ from fer_dist.errors import UserError
 from fer_dist.serve.artifact import ExportedModel, sidecar, sidecar_json
 
 REJECTED = ".rejected"
+WORKSHOP = ".export-"
+DEAD_AFTER_S = 24 * 3600.0
+"""No export takes a day."""
 
 
 @contextmanager
@@ -26,12 +31,21 @@ def workshop(folder: Path) -> Iterator[Path]:
     Raises:
         UserError: it cannot be made.
     """
+    _remove_dead(folder)
     try:
-        shop = tempfile.TemporaryDirectory(dir=folder, prefix=".export-")
+        shop = tempfile.TemporaryDirectory(dir=folder, prefix=WORKSHOP)
     except OSError as error:
         raise unwritable(folder, error) from None
     with shop, _terminable():
         yield Path(shop.name)
+
+
+def _remove_dead(folder: Path) -> None:
+    """Remove what exports left behind that were killed more than a day ago."""
+    for path in folder.glob(f"{WORKSHOP}*"):
+        with suppress(OSError):
+            if path.stat().st_mtime < time.time() - DEAD_AFTER_S:
+                shutil.rmtree(path)
 
 
 def put(path: Path, raw: bytes) -> None:

@@ -19,7 +19,7 @@ from fer_dist.engine.checkpoint import write_atomically
 from fer_dist.errors import UserError
 from fer_dist.extras import require
 from fer_dist.serve.artifact import INPUT, LOGITS, PROBABILITIES
-from fer_dist.serve.engine import FLAVOURS
+from fer_dist.serve.engine import FLAVOURS, quiet_log
 from fer_dist.spec import ModelSpec
 
 RTX_DEFAULT = "8.0 and later"
@@ -56,7 +56,7 @@ class EngineBuilder:
         Raises:
             UserError: TensorRT does not take the graph, or builds no engine of it; says what it said.
         """
-        trt, log = self.trt, _log(self.trt)
+        trt, log = self.trt, quiet_log(self.trt)
         builder = trt.Builder(log)
         network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(network, log)
@@ -194,24 +194,6 @@ def _known(trt: ModuleType) -> list[str]:
     """The compute capabilities that TensorRT for RTX has names for: "7.5", ..., "12.0"."""
     found = [name[2:] for name in dir(trt.ComputeCapability) if re.fullmatch(r"SM\d+", name)]
     return sorted((f"{name[:-1]}.{name[-1]}" for name in found), key=float)
-
-
-def _log(trt: ModuleType) -> Any:
-    """A logger that keeps what TensorRT complains of, instead of writing over our lines."""
-
-    class Log(trt.ILogger):  # type: ignore[misc, name-defined]
-        def __init__(self) -> None:
-            super().__init__()
-            self.said: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.said.append(" ".join(message.split()))
-
-        def told(self) -> str:
-            return "; ".join(self.said)[-500:] or "it does not say why"
-
-    return Log()
 
 
 def _import(backend: str, native: bool) -> tuple[Backend, ModuleType]:

@@ -3,8 +3,8 @@
 import hashlib
 import shlex
 import time
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -71,6 +71,8 @@ class Graph:
     model: onnx.ModelProto
     sha256: str
     report: ParityReport
+    made: tuple[str, ...] = ()
+    calibration: dict[str, Any] = field(default_factory=dict)
 
 
 def export(wish: Wish, builder: Builder | None = None) -> list[Path]:
@@ -142,6 +144,8 @@ class Maker:
             model=source.graph,
             sha256=file_sha256(source.path),
             report=report,
+            made=source.made,
+            calibration=source.calibration,
         )
 
     def float32(self) -> Graph:
@@ -161,7 +165,8 @@ class Maker:
         Args:
             sample: pictures whose activations show where that is.
         """
-        model, made = to_float16(graph.model, sample.images_N1SS.numpy())
+        with _rewriting(graph.name, "fp16"):
+            model, made = to_float16(graph.model, sample.images_N1SS.numpy())
         say("\n  ".join(made))
         half = self._deliver_graph(model, "fp16", graph.name, graph.sha256, made=tuple(made))
         half.report.require()
@@ -179,7 +184,8 @@ class Maker:
         for form in forms:
             began = time.monotonic()
             judge = partial(self._judge_trial, form=form)
-            model, made, calibration = to_int8(graph.model, sample.images_N1SS.numpy(), form=form, judge=judge)
+            with _rewriting(graph.name, form):
+                model, made, calibration = to_int8(graph.model, sample.images_N1SS.numpy(), form=form, judge=judge)
             say("\n  ".join([f"{form}, {time.monotonic() - began:.0f} s", *made]))
             calibration |= {"data": sample.source, "meaningful": sample.meaningful, "seed": self.wish.seed}
             more = {"made": tuple(made), "calibration": calibration}
@@ -198,6 +204,8 @@ class Maker:
         exported = replace(
             self._exported("engine", precision, raw, graph.name, graph.sha256),
             batch=builder.batch,
+            made=graph.made,
+            calibration=graph.calibration,
             built_with=_versions() | built_with,
         )
         made = self.shop / target.name
@@ -222,7 +230,7 @@ class Maker:
         put(made, raw)
         report = self._judge(made)
         self.done.append(deliver(made, target, exported, report))
-        return Graph(name=target.name, precision=precision, model=model, sha256=exported.sha256, report=report)
+        return Graph(name=target.name, precision=precision, model=model, sha256=exported.sha256, report=report, **more)
 
     def _exported(
         self, kind: Literal["onnx", "engine"], precision: Precision, raw: bytes, parent: str, parent_sha256: str
@@ -256,6 +264,17 @@ class Maker:
             names = (self.name, f"{path.name} ({runner.runs_on})")
             report = compare(self.reference, answers, self.pictures, tolerance, names=names)
             return require_same_model(report, runner, self.source.spec, self.source.checkpoint_sha256)
+
+
+@contextmanager
+def _rewriting(name: str, precision: str) -> Iterator[None]:
+    """Turns what a rewriter cannot do, and a full disk under its temporary files, into a UserError."""
+    try:
+        yield
+    except ValueError as error:
+        raise UserError(f"{name} cannot be made {precision}: {error}", "--precision fp32") from None
+    except OSError as error:
+        raise UserError(f"{precision}: no temporary file: {error.strerror}", "free some space, or set TMPDIR") from None
 
 
 def _versions() -> dict[str, str]:

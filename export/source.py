@@ -1,6 +1,6 @@
 """What is exported: a checkpoint, or an ONNX file of ours."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ class Source:
         graph: None where a checkpoint was given.
         reference: the file that artifacts are compared with.
         settings: of the data set that the model was judged on (`data_settings`); empty: unknown.
+        made, calibration: what the precision of an ONNX file took, as its JSON file says.
     """
 
     path: Path
@@ -36,6 +37,8 @@ class Source:
     settings: dict[str, Any]
     checkpoint: Checkpoint | None = None
     graph: onnx.ModelProto | None = None
+    made: tuple[str, ...] = ()
+    calibration: dict[str, Any] = field(default_factory=dict)
 
     def name(self, precision: str, suffix: str) -> Path:
         """`best.onnx`, `best.fp16.engine`, ..., beside the source."""
@@ -75,6 +78,8 @@ def open_source(path: Path) -> Source:
         reference=_reference_of(path, opened.checkpoint_sha256, beside),
         settings=beside.data if beside else {},
         graph=opened.model,
+        made=beside.made if beside else (),
+        calibration=beside.calibration if beside else {},
     )
 
 

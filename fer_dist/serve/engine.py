@@ -142,7 +142,7 @@ def open_engine(path: Path) -> Engine:
         )
     name = f"{name} on {torch.cuda.get_device_name()}"
     _require_capability(path, exported, again)
-    log = _log(trt)
+    log = quiet_log(trt)
     runtime = trt.Runtime(log)
     found = runtime.deserialize_cuda_engine(raw)
     if found is None:
@@ -239,7 +239,7 @@ def _require_contract(trt: Any, found: Any, exported: ExportedModel, path: Path,
         )
 
 
-def _log(trt: Any) -> Any:
+def quiet_log(trt: Any) -> Any:
     """A logger of TensorRT that keeps the newest errors, for one message of ours, and prints nothing."""
 
     class Log(trt.ILogger):  # type: ignore[misc]

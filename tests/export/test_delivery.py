@@ -1,9 +1,11 @@
 """What passes the gate gets its name, what fails does not, and nothing is half-written whatever happens."""
 
+import errno
 import hashlib
 import json
 import os
 import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,6 +17,7 @@ from onnx import numpy_helper
 
 from export import onnx as onnx_command
 from export import pipeline, precision, trt
+from export.delivery import workshop
 from export.pipeline import Wish, export
 from export.precision import Form
 from fer_dist.errors import EXIT_REJECTED, EXIT_USER_ERROR, Rejected, UserError
@@ -209,3 +212,34 @@ def test_interrupted_between_the_artifact_and_its_json_file(tmp_path: Path, monk
     monkeypatch.setattr(Path, "replace", replaced)
     with nothing_changes(tmp_path), pytest.raises(KeyboardInterrupt):
         onnx_command._main([str(path), "--limit", "5"])
+
+
+def test_what_a_killed_export_left_goes_a_day_later(tmp_path: Path) -> None:
+    old, new = tmp_path / ".export-old", tmp_path / ".export-new"
+    for path in (old, new):
+        path.mkdir()
+        (path / "best.onnx").write_bytes(b"half")
+    yesterday = time.time() - 25 * 3600
+    os.utime(old, (yesterday, yesterday))
+    with workshop(tmp_path) as shop:
+        assert set(tmp_path.iterdir()) == {new, shop}
+    assert list(tmp_path.iterdir()) == [new]
+
+
+@pytest.mark.usefixtures("exported_before")
+@pytest.mark.parametrize(
+    ("failure", "said"),
+    [
+        (ValueError("there is no layer to quantise"), "cannot be made fp16: there is no layer to quantise"),
+        (OSError(errno.ENOSPC, "No space left on device"), "fp16: no temporary file: No space left on device"),
+    ],
+)
+def test_what_a_rewriter_cannot_do_is_told(
+    failure: Exception, said: str, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> None:
+        raise failure
+
+    monkeypatch.setattr(pipeline, "to_float16", fail)
+    with nothing_changes(copy), pytest.raises(UserError, match=said):
+        export(Wish(path=copy / "best.onnx", precision="fp16", tolerance="agreement=0.5"))

@@ -92,7 +92,8 @@ def test_other_precisions_from_our_onnx_file(copy: Path, capsys: pytest.CaptureF
     # From the half-precision file itself: again its engine.
     (copy / "best.fp16.engine").unlink()
     assert command(trt.main, copy / "best.fp16.onnx", "--backend", "rtx", *LOOSE) == 0
-    assert read_sidecar(copy / "best.fp16.engine").parent == "best.fp16.onnx"
+    engine = read_sidecar(copy / "best.fp16.engine")
+    assert (engine.parent, engine.made) == ("best.fp16.onnx", half.made), "its JSON file says what the precision took"
     words = ["--precision", "int8", "--calibration", "20", "--seed", "3", *LOOSE]
     assert command(onnx_command.main, copy / "best.onnx", *words) == 0
     for form in ("int8", "int8.cpu"):

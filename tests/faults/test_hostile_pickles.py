@@ -1,6 +1,6 @@
 """Files of tensors that would run code: refused at every place that loads one, and nothing of them runs.
 
-To add a place (evaluate, export, predict), add a line to PLACES.
+To add a place (evaluate, predict), add a line to PLACES.
 """
 
 import hashlib
@@ -16,6 +16,8 @@ from typing import Any
 import pytest
 import torch
 
+from export.pipeline import Wish, export
+from export.source import settings_of
 from fer_dist.config import Config
 from fer_dist.engine.checkpoint import SEAL, SEAL_BYTES
 from fer_dist.engine.checkpoint import load as load_checkpoint
@@ -24,6 +26,7 @@ from fer_dist.engine.history import newest
 from fer_dist.errors import UserError
 from fer_dist.models import build_model
 from fer_dist.models.weights import read_state
+from fer_dist.serve.runner import open_runner
 from fer_dist.spec import LabelSet
 from fer_dist.tensors import NotTensors, read_tensors
 from tests.faults.bombs import BOMBS, doubled, item, number
@@ -94,6 +97,16 @@ def sealed_checkpoint(path: Path) -> None:
     raise caught.value
 
 
+def sealed_for(path: Path, work: Callable[[], object]) -> None:
+    """A place that takes a checkpoint, whose checksum is right; nothing is left beside it."""
+    seal(path)
+    before = set(path.parent.iterdir())
+    try:
+        work()
+    finally:
+        assert set(path.parent.iterdir()) <= before | {path.with_name("trace")}
+
+
 PLACES: dict[str, Callable[[Path], object]] = {
     "read_tensors": plainly,
     "read_tensors of .safetensors": lambda path: plainly(path.rename(path.with_suffix(".safetensors"))),
@@ -107,6 +120,9 @@ PLACES: dict[str, Callable[[Path], object]] = {
     "sealed checkpoint": sealed_checkpoint,
     "resume": resumed,
     "fer_dist.checkpoint": described,
+    "export": lambda path: sealed_for(path, lambda: export(Wish(path=path))),
+    "export.parity": lambda path: sealed_for(path, lambda: settings_of(path)),
+    "open_runner": lambda path: sealed_for(path, lambda: open_runner(path)),
 }
 
 
