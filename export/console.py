@@ -10,6 +10,8 @@ from typing import NoReturn
 
 from fer_dist.errors import UserError
 
+MOST = 65_536
+"""Largest batch, and largest number of such a list."""
 SECONDS_BETWEEN_LINES = 15.0
 """Where there is no terminal, long work says at most so often how far it is."""
 
@@ -29,12 +31,17 @@ class Parser(argparse.ArgumentParser):
 def add_data(parser: argparse.ArgumentParser) -> None:
     """The arguments that say what an artifact is compared on, and how strictly."""
     parser.add_argument("--data", metavar="PATH", help="another data set than the checkpoint's; its validation part")
-    parser.add_argument("--limit", metavar="N", type=positive, help="only N pictures, spread evenly; default: all")
+    parser.add_argument(
+        "--limit",
+        metavar="N",
+        type=positive,
+        help="only N pictures, spread evenly; counts as loosened",
+    )
     parser.add_argument(
         "--tolerance",
         metavar="TEXT",
         default="",
-        help="loosen the gate, which the report records: agreement=0.95,accuracy=0.01,relative=1e-3",
+        help="loosen the gate, which the report records: agreement=0.95,accuracy=0.01,kl=0.1,relative=1e-3",
     )
 
 
@@ -45,7 +52,7 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibration", metavar="N", type=positive, default=256, help="int8: training pictures to calibrate with"
     )
-    parser.add_argument("--seed", metavar="S", type=int, default=0, help="int8: seed of the choice of those pictures")
+    parser.add_argument("--seed", metavar="S", type=natural, default=0, help="int8: seed of their choice")
     add_data(parser)
 
 
@@ -57,12 +64,23 @@ def positive(text: str) -> int:
     return value
 
 
+def natural(text: str) -> int:
+    """A whole number of at least 0, for argparse."""
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is not at least 0")
+    return value
+
+
 def numbers(text: str) -> tuple[int, ...]:
     """`1,8,64` as numbers of at least 1, for argparse."""
     try:
-        return tuple(positive(part) for part in text.split(","))
+        found = tuple(positive(part) for part in text.split(","))
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is no list of numbers such as 1,8,64") from None
+    if max(found) > MOST:
+        raise argparse.ArgumentTypeError(f"{max(found)} is more than {MOST}")
+    return found
 
 
 def say(text: str) -> None:

@@ -1,5 +1,6 @@
 """Where artifacts are made: a folder beside the source, out of which only what is whole and judged moves."""
 
+import errno
 import os
 import shutil
 import signal
@@ -79,13 +80,20 @@ def deliver(made: Path, target: Path, exported: ExportedModel, report: ParityRep
     refused = target.with_name(f"{target.name}{REJECTED}")
     kept = target if report.passed else refused
     put(sidecar(made), sidecar_json(replace(exported, parity=report.to_dict())))
+    before = made.with_name("before")
     try:
-        made.replace(kept)
+        for path in (kept, sidecar(kept)):
+            if path.exists() and not path.is_file():
+                raise OSError(errno.EEXIST, f"{path.name} is there, and is no file")
+        if kept.exists():
+            _keep(kept, before)
         try:
+            made.replace(kept)
             sidecar(made).replace(sidecar(kept))
-        except BaseException:  # a signal as well
-            kept.unlink()  # alone it would not say what it is
+        except BaseException:  # a signal as well; alone it would not say what it is
+            before.replace(kept) if before.exists() else kept.unlink(missing_ok=True)
             raise
+        before.unlink(missing_ok=True)
         if report.passed:
             for old in (refused, sidecar(refused)):
                 old.unlink(missing_ok=True)
@@ -97,6 +105,15 @@ def deliver(made: Path, target: Path, exported: ExportedModel, report: ParityRep
     if not report.passed and target.exists():
         say(f"{target}, which was there before, is another one and stays")
     return kept
+
+
+def _keep(path: Path, before: Path) -> None:
+    """Give a file a second name; a copy where the file system has no hard links."""
+    before.unlink(missing_ok=True)
+    try:
+        os.link(path, before)
+    except OSError:
+        shutil.copy2(path, before)
 
 
 def unwritable(folder: Path, cause: OSError) -> UserError:

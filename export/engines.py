@@ -141,7 +141,8 @@ class EngineBuilder:
     def _fix(self) -> str:
         if self.backend == "tensorrt":
             return "--backend rtx, or another --precision"
-        return f"another --precision, or --compute-capability of {', '.join(_known(self.trt))}"
+        others = [name for name in _known(self.trt) if name not in self.compute_capabilities]
+        return f"another --precision, or --compute-capability of {', '.join(others)}"
 
 
 def choose_builder(backend: str, batch: tuple[int, ...], compute_capabilities: tuple[str, ...]) -> EngineBuilder:

@@ -70,7 +70,7 @@ def to_float16(model: onnx.ModelProto, images_N1SS: NDArray[np.uint8]) -> tuple[
         The graph, and what stayed in float32 and why, a sentence each.
 
     Raises:
-        ValueError: the graph has control flow.
+        CannotRewriteError: the graph has control flow.
     """
     model = working_copy(model)
     kept = _kept(model, tensor_ranges(model, images_N1SS))

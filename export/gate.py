@@ -28,27 +28,33 @@ class Tolerance:
         agreement: least part of the pictures whose highest logit is the same class.
         relative: largest |difference| of a logit over the standard deviation of the reference's logits; None: any.
         accuracy: largest difference of accuracy, either way; only asked where accuracy means something.
+        kl: largest mean Kullback-Leibler divergence of the probabilities [nats].
         loosened: what was set by hand.
     """
 
     agreement: float
     relative: float | None
     accuracy: float
+    kl: float
     loosened: tuple[str, ...] = ()
 
 
 _OF_PRECISION = {
-    "fp32": Tolerance(agreement=1.0, relative=1e-4, accuracy=0.0),
-    "fp16": Tolerance(agreement=0.997, relative=None, accuracy=0.001),
-    "int8": Tolerance(agreement=0.97, relative=None, accuracy=0.005),
+    "fp32": Tolerance(agreement=1.0, relative=1e-4, accuracy=0.0, kl=1e-6),
+    "fp16": Tolerance(agreement=0.997, relative=None, accuracy=0.001, kl=1e-3),
+    "int8": Tolerance(agreement=0.97, relative=None, accuracy=0.005, kl=5e-2),
 }
+
+
+_LOOSER = {"agreement": -1, "relative": 1, "accuracy": 1, "kl": 1}
+"""What can be set by hand, and in which direction that is looser."""
 
 
 def tolerance_of(precision: Precision, given: str = "") -> Tolerance:
     """The tolerance of a precision, loosened by a text such as `agreement=0.95,accuracy=0.01`.
 
     Raises:
-        UserError: the text is another.
+        UserError: the text is another, or would tighten the gate.
     """
     found = _OF_PRECISION[precision.partition(".")[0]]
     for part in filter(None, given.split(",")):
@@ -58,12 +64,16 @@ def tolerance_of(precision: Precision, given: str = "") -> Tolerance:
         except ValueError:
             value = math.nan
         most = 1.0 if name == "agreement" else sys.float_info.max
-        if name not in ("agreement", "relative", "accuracy") or not 0 <= value <= most:
+        if name not in _LOOSER or not 0 <= value <= most:
             raise UserError(
-                f"--tolerance {part!r} is none; expected agreement=, relative= or accuracy= and a number of at least 0 "
+                f"--tolerance {part!r} is none; expected {'=, '.join(_LOOSER)}= and a number of at least 0 "
                 "(agreement: a part of 1)",
                 "--tolerance agreement=0.95,accuracy=0.01",
             )
+        usual = getattr(_OF_PRECISION[precision.partition(".")[0]], name)
+        if usual is None or _LOOSER[name] * (value - usual) < 0:
+            limit = "it has no bound there" if usual is None else f"its bound is {usual:g}"
+            raise UserError(f"--tolerance {part} does not loosen the gate of {precision}: {limit}", "leave it out")
         changed: dict[str, Any] = {name: value, "loosened": (*found.loosened, part)}
         found = replace(found, **changed)
     return found
@@ -77,8 +87,8 @@ class ParityReport:
         reference, candidate: what was compared, and on what it ran.
         data: the pictures; `count` of `of` were taken, `meaningful` says whether accuracy says anything.
         max_abs, mean_abs: |difference| of logits; `relative` is max_abs over the deviation of the reference's.
-        probability_max_abs: largest |difference| of probabilities; `inconsistent` that between an artifact's
-            probabilities and the softmax of its own logits.
+        probability_max_abs, probability_mean_abs: |difference| of probabilities; `inconsistent` is the largest
+            between an artifact's probabilities and the softmax of its own logits.
         top1_agreement: part of the answers with the same class.
         kl: mean Kullback-Leibler divergence of the candidate from the reference [nats].
         by_batch: batch size -> largest |difference| of logits.
@@ -98,6 +108,7 @@ class ParityReport:
     mean_abs: float
     relative: float
     probability_max_abs: float
+    probability_mean_abs: float
     inconsistent: float
     top1_agreement: float
     accuracy_reference: float
@@ -157,6 +168,7 @@ def compare(
         mean_abs=float((found_MK - wanted_MK).abs().mean()),
         relative=_largest(distance_M) / spread if spread else math.inf,
         probability_max_abs=_largest((q_MK - log_p_MK.exp()).abs()),
+        probability_mean_abs=float((q_MK - log_p_MK.exp()).abs().mean()),
         inconsistent=_largest((q_MK - log_q_MK.exp()).abs()),
         top1_agreement=float((found_MK.argmax(1) == wanted_MK.argmax(1)).double().mean()) if finite else 0.0,
         accuracy_reference=accuracy[0],
@@ -175,9 +187,12 @@ def require_same_model(report: ParityReport, runner: Runner, spec: ModelSpec, ch
     """The same report, with a reason against an artifact that says itself that it is of another model.
 
     Args:
+        spec: of the reference.
         checkpoint_sha256: of the checkpoint that it should be made from; empty: any.
     """
     reasons = list(report.reasons)
+    if (runner.spec.arch, runner.spec.input) != (spec.arch, spec.input):
+        reasons.append(f"it says that it is {_told(runner.spec)}, not {_told(spec)}")
     if runner.spec.labels != spec.labels:
         reasons.append(f"its labels are {_listed(runner.spec)}, not {_listed(spec)}")
     if checkpoint_sha256 and runner.checkpoint_sha256 != checkpoint_sha256:
@@ -205,7 +220,8 @@ def show(report: ParityReport) -> str:
     rows = {
         "pictures": f"{report.count:,} of {report.of:,}, {report.data}",
         "logits": f"max {report.max_abs:.1e}, mean {report.mean_abs:.1e}, relative {report.relative:.1e}{relative}",
-        "probabilities": f"max {report.probability_max_abs:.1e}, KL {report.kl:.1e} nats",
+        "probabilities": f"max {report.probability_max_abs:.1e}, mean {report.probability_mean_abs:.1e}, "
+        f"KL {report.kl:.1e} nats; at most {asked.kl:.0e}",
         "agreement": f"{_part(report.top1_agreement)} (at least {asked.agreement:.2%}){few}",
         "accuracy": meaning,
         "by batch": ", ".join(f"{size}: {value:.1e}" for size, value in report.by_batch.items()),
@@ -228,6 +244,10 @@ def _reasons(report: ParityReport, sound: bool, finite: bool) -> list[str]:
         found.append(f"top-1 agreement {_part(report.top1_agreement)}, expected at least {allowed.agreement:.2%}")
     if allowed.relative is not None and not report.relative <= allowed.relative:
         found.append(f"relative difference {report.relative:.1e}, expected at most {allowed.relative:.1e}")
+    if not report.kl <= allowed.kl:
+        found.append(f"KL divergence {report.kl:.1e} nats, expected at most {allowed.kl:.1e}")
+    if report.classes_answered == 1 and allowed.relative is None and allowed.agreement > 0:
+        found.append("the reference answers all pictures with one class: agreement says nothing; --data PATH")
     # A thousandth of a point more: 0.001 is no binary number.
     if report.meaningful and not abs(report.accuracy_delta) <= allowed.accuracy + 1e-5:
         found.append(f"accuracy {100 * report.accuracy_delta:+.2f} points, at most {100 * allowed.accuracy:.2f} apart")
@@ -239,6 +259,10 @@ def _reasons(report: ParityReport, sound: bool, finite: bool) -> list[str]:
 def _part(of_one: float) -> str:
     """A percentage that is never rounded up to what is expected."""
     return f"{math.floor(of_one * 1e4 + 1e-6) / 100:.2f}%"
+
+
+def _told(spec: ModelSpec) -> str:
+    return printable(f"{spec.arch} {spec.input}"[:300])
 
 
 def _listed(spec: ModelSpec) -> str:

@@ -93,8 +93,11 @@ def check(graph: onnx.ModelProto, spec: ModelSpec) -> None:
     found = [_shape(value) for value in (*graph.graph.input, *graph.graph.output)]
     side, classes = spec.input.size, len(spec.labels)
     expected = [(INPUT, [1, side, side]), (LOGITS, [classes]), (PROBABILITIES, [classes])]
-    assert [(name, dims[1:]) for name, dims in found] == expected, f"the exporter made {found}"
-    assert all(isinstance(dims[0], str) for _, dims in found), f"the exporter fixed the batch: {found}"
+    if [(name, dims[1:]) for name, dims in found] != expected or not all(isinstance(d[0], str) for _, d in found):
+        raise UserError(
+            f"torch's exporter made {found} of {spec.arch}, not {expected} with a free batch",
+            "another architecture, or another version of torch",
+        )
 
 
 def _shape(value: onnx.ValueInfoProto) -> tuple[str, list[Any]]:

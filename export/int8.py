@@ -27,7 +27,16 @@ from export.calibrate import (
     histograms,
     tensor_ranges,
 )
-from export.rewrite import checked, cpu_session, float_tensors, heads, preprocessing, tell_precision, working_copy
+from export.rewrite import (
+    CannotRewriteError,
+    checked,
+    cpu_session,
+    float_tensors,
+    heads,
+    preprocessing,
+    tell_precision,
+    working_copy,
+)
 from fer_dist.serve.artifact import LOGITS
 
 LAYERS = ("Conv", "Gemm", "MatMul")
@@ -72,7 +81,7 @@ def to_int8(
         method, the count of pictures and what was left out. The last sentence says it where none passed.
 
     Raises:
-        ValueError: the graph has control flow, or no layer to quantise.
+        CannotRewriteError: the graph has control flow, or no layer to quantise.
     """
     search = _Search(_Quantisable(model, form), images_N1SS, judge)
     best = search.run()
@@ -195,7 +204,7 @@ class _Quantisable:
         self.names = {layer: name.rpartition("model.network.")[2] for layer, name in shown.items()}
         self._counts = Counter(node.op_type for node in nodes)
         if not nodes:
-            raise ValueError("the graph has no layer with constant weights that int8 could take")
+            raise CannotRewriteError("the graph has no layer with constant weights that int8 could take")
 
     def told(self) -> str:
         counts = ", ".join(f"{count} {op_type}" for op_type, count in sorted(self._counts.items()))
@@ -247,7 +256,7 @@ class _Quantisable:
         return QDQQuantizer(
             model,
             per_channel=True,
-            reduce_range=False,
+            reduce_range=on_cpu,  # 7 bits of weights: with 8, products saturate on processors that have no VNNI
             weight_qType=QuantType.QInt8,
             activation_qType=QuantType.QUInt8 if on_cpu else QuantType.QInt8,
             tensors_range=TensorsData(CalibrationMethod.MinMax, bounds),

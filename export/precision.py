@@ -2,5 +2,6 @@
 
 from export.float16 import to_float16
 from export.int8 import Form, Judge, Verdict, to_int8
+from export.rewrite import CannotRewriteError
 
-__all__ = ["Form", "Judge", "Verdict", "to_float16", "to_int8"]
+__all__ = ["CannotRewriteError", "Form", "Judge", "Verdict", "to_float16", "to_int8"]

@@ -17,11 +17,15 @@ HALF_BREAKS = ("NchwcTransformer",)
 """Optimiser of ONNX Runtime that crashes the process on some graphs with float16; not used on CPUs here."""
 
 
+class CannotRewriteError(ValueError):
+    """A graph that cannot be written in another precision."""
+
+
 def working_copy(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy with every constant among the initializers, every node named once, and the types of all tensors.
 
     Raises:
-        ValueError: a node has a graph inside (If, Loop).
+        CannotRewriteError: a node has a graph inside (If, Loop).
     """
     model = onnx.shape_inference.infer_shapes(model, strict_mode=True)
     graph, taken = model.graph, set[str]()
@@ -30,7 +34,7 @@ def working_copy(model: onnx.ModelProto) -> onnx.ModelProto:
         if any(
             attribute.type in (onnx.AttributeProto.GRAPH, onnx.AttributeProto.GRAPHS) for attribute in node.attribute
         ):
-            raise ValueError(f"a node {node.op_type} has a graph inside, which only fp32 is written for")
+            raise CannotRewriteError(f"a node {node.op_type} has a graph inside, which only fp32 is written for")
         if node.op_type == "Constant":
             graph.initializer.append(_constant(node))
             continue

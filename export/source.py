@@ -96,18 +96,28 @@ def settings_of(path: Path) -> dict[str, Any]:
 
 
 def _beside(path: Path) -> ExportedModel | None:
-    """The sidecar of an artifact, if there is one and it is about this file."""
+    """The sidecar of an artifact, if there is one.
+
+    Raises:
+        UserError: it is about another file.
+    """
     if not sidecar(path).exists():
         return None
     found = read_sidecar(path)
     if found.sha256 == file_sha256(path):
         return found
-    say(f"{sidecar(path).name} is about another file than {path.name}: not used")
-    return None
+    raise UserError(
+        f"{sidecar(path)} is about another file than {path.name}: one of them has changed",
+        "export it again: python -m export.onnx best.pth",
+    )
 
 
 def _reference_of(path: Path, checkpoint_sha256: str, beside: ExportedModel | None) -> Path:
-    """The checkpoint that an ONNX file came from, or the graph before it, where one lies beside it; else itself."""
+    """The checkpoint that an ONNX file came from, or the graph before it, where one lies beside it; else itself.
+
+    Raises:
+        UserError: there is neither, and no JSON file that says that it had passed the gate.
+    """
     for suffix in CHECKPOINTS:
         for other in sorted(path.parent.glob(f"*{suffix}")):
             if path.name.startswith(f"{other.stem}.") and file_sha256(other) == checkpoint_sha256:
@@ -115,5 +125,10 @@ def _reference_of(path: Path, checkpoint_sha256: str, beside: ExportedModel | No
     parent = path.with_name(beside.parent) if beside else path
     if beside and parent.suffix == ".onnx" and parent.is_file() and file_sha256(parent) == beside.parent_sha256:
         return parent
+    if beside is None or beside.parity.get("passed") is not True:
+        raise UserError(
+            f"nothing beside {path} says whether it is the model: neither its checkpoint nor {sidecar(path).name}",
+            "put one of them there, or export it again: python -m export.onnx best.pth",
+        )
     say(f"the checkpoint that {path.name} came from is not beside it: artifacts are compared with {path.name} itself")
     return path

@@ -101,6 +101,7 @@ ORDER = (
     "export.source",
     "export.delivery",
     "export.engines",
+    "export.maker",
     "export.pipeline",
     "export.onnx",
     "export.trt",
@@ -128,7 +129,7 @@ ENTRIES = (
 ONLY_IN = {
     "torch.distributed": ("fer_dist.world",),
     "ray": ("tune",),
-    "tensorrt": ("export.engines", "fer_dist.serve.engine"),
+    "tensorrt": ("export.engines", "fer_dist.serve.engine", "fer_dist.serve.ortsession"),
     "tensorrt_rtx": ("export.engines", "fer_dist.serve.engine"),
     "tune": ("tune",),
     "export": ("export",),

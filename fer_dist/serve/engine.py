@@ -87,7 +87,8 @@ class Engine:
             return None
         with self._lock, torch.cuda.stream(self._stream):
             self._answer(images_N1SS)  # sets the shape; the first enqueue allocates, and RTX compiles
-            if not self._context.is_stream_capturable(self._stream.cuda_stream):
+            capturable = getattr(self._context, "is_stream_capturable", None)  # of TensorRT for RTX only
+            if capturable is not None and not capturable(self._stream.cuda_stream):
                 return None
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, stream=self._stream):
@@ -156,6 +157,7 @@ def rebuild(path: Path, exported: ExportedModel) -> str:
     parent = path.with_name(exported.parent)
     named = str(parent if parent.exists() else exported.parent)
     words = ["python", "-m", "export.trt", named, "--precision", exported.precision]
+    words += ["--batch", ",".join(map(str, exported.batch))] if len(exported.batch) == 3 else []
     words += ["--backend", "rtx"] if exported.built_with.get("backend") == "rtx" else []
     return "".join(sign if sign.isprintable() else "?" for sign in shlex.join(words))
 

@@ -176,8 +176,19 @@ def _checked(model: ModelProto) -> OnnxFile:
     _check_nodes(model.graph)
     _check_tensors(model.graph)
     _check_contract(model.graph, spec)
+    _check_precision(model.graph, precision)
     _check_shapes(model, spec)
     return OnnxFile(model=model, spec=spec, precision=precision, checkpoint_sha256=checkpoint_sha256)
+
+
+def _check_precision(graph: onnx.GraphProto, precision: Precision) -> None:
+    """The graph is what its metadata says, since that decides how strictly it is judged."""
+    quantised = any(node.op_type in ("QuantizeLinear", "DequantizeLinear") for node in graph.node)
+    casts = [a.i for node in graph.node if node.op_type == "Cast" for a in node.attribute if a.name == "to"]
+    half = TensorProto.FLOAT16 in (*casts, *(tensor.data_type for tensor in graph.initializer))
+    found = "int8" if quantised else "fp16" if half else "fp32"
+    if found != precision.partition(".")[0]:
+        raise _Refused(f"its metadata says {precision}, its graph is {found}")
 
 
 def _check_nodes(graph: onnx.GraphProto) -> None:

@@ -1,5 +1,6 @@
 """ONNX Runtime's session on the provider that was asked for, and on no other."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import onnxruntime
 import torch
 
 from fer_dist.errors import UserError
+from fer_dist.extras import require
 from fer_dist.serve.artifact import Precision
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
@@ -15,6 +17,8 @@ PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "te
 
 def open_session(raw: bytes, precision: Precision, path: Path, provider: str, threads: int | None) -> Any:
     """A session on the provider asked for, which is checked: ONNX Runtime falls back to the CPU without a word.
+
+    Nodes that a GPU provider has no kernel for are computed on the CPU, as ONNX Runtime decides.
 
     Args:
         raw: a model that `read_onnx` has passed.
@@ -56,6 +60,8 @@ def _start(raw: bytes, precision: Precision, wanted: str, threads: int | None) -
         options.intra_op_num_threads = threads
     gpu: list[Any] = [(PROVIDERS["cuda"], {"use_tf32": "0"})] if wanted != "cpu" else []
     if wanted == "tensorrt":
+        require("tensorrt", extra="tensorrt")  # its import loads the libraries that the provider looks for
+        os.environ.setdefault("NVIDIA_TF32_OVERRIDE", "0")  # the provider has no option for it
         gpu = [PROVIDERS["tensorrt"], *gpu]
     if gpu and hasattr(onnxruntime, "preload_dlls"):
         onnxruntime.preload_dlls()  # CUDA and cuDNN as torch has brought them

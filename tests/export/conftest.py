@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from export import answers, pipeline, trt
+from export import answers, maker, trt
 from fer_dist.config import Config
 from tests.export.rig import DRAWN, command, exported, saved
 
@@ -13,7 +13,7 @@ from tests.export.rig import DRAWN, command, exported, saved
 @pytest.fixture
 def exported_before(monkeypatch: pytest.MonkeyPatch) -> None:
     """The commands take the graph of `lively(arch)` as it was exported before: the exporter takes seconds."""
-    monkeypatch.setattr(pipeline, "to_onnx", exported)
+    monkeypatch.setattr(maker, "to_onnx", exported)
 
 
 @pytest.fixture

@@ -78,7 +78,7 @@ def test_a_gpu_that_cannot_do_float32(rtx: ModuleType, spec: ModelSpec) -> None:
     with pytest.raises(UserError, match=r"TensorRT-RTX .* builds no engine of best\.onnx: ") as told:
         builder.build(graph_of("vit").SerializeToString(), "best.onnx", spec)
     assert "does not say why" not in told.value.problem
-    assert "another --precision, or --compute-capability of 7.5, 8.0" in told.value.fix
+    assert "another --precision, or --compute-capability of 8.0, 8.6" in told.value.fix
 
 
 def no_probabilities(graph: onnx.ModelProto) -> None:

@@ -99,6 +99,7 @@ def test_the_bounds_of_agreement(precision: str, changed: int, passes: bool) -> 
     """Of 1000 pictures so many get another class, by a hair; their accuracy is the same."""
     logits_NK = torch.zeros(1000, 7)
     logits_NK[:, 0], logits_NK[:, 1] = 1, 1 - 1e-6
+    logits_NK[500:, 2] = 2  # the other half answers something else
     other_NK = logits_NK.clone()
     other_NK[:changed, 1] = 1 + 1e-6
     pictures = replace(labelled(1000), labels_N=torch.full((1000,), 6))
@@ -112,7 +113,7 @@ def test_the_bounds_of_agreement(precision: str, changed: int, passes: bool) -> 
 @pytest.mark.parametrize("meaningful", [True, False])
 def test_the_bounds_of_accuracy(precision: str, worse: int, meaningful: bool) -> None:
     """Of 2000 pictures; where accuracy means nothing it is not asked."""
-    bounds = replace(tolerance_of(precision), agreement=0.0, relative=None)  # type: ignore[arg-type]
+    bounds = replace(tolerance_of(precision), agreement=0.0, relative=None, kl=9.0)  # type: ignore[arg-type]
     pictures = labelled(2000, meaningful)
     right_NK = 9.0 * torch.nn.functional.one_hot(pictures.labels_N, 7)
     for wrong, passes in ((worse, True), (worse + 1, not meaningful)):

@@ -49,8 +49,8 @@ def test_a_pair_that_is_not(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "REJECTED: relative difference" in out
     assert err.startswith("rejected: ")
     assert "checkpoint" not in err.partition("relative")[2]
-    assert command(main, folder / "best.onnx", folder / "other.pth", "--tolerance", "relative=1,agreement=0.5") == 0
-    assert "loosened       relative=1, agreement=0.5" in capsys.readouterr().out
+    assert command(main, folder / "best.onnx", folder / "other.pth", "--tolerance", "relative=9,agreement=0,kl=9") == 0
+    assert "loosened       relative=9, agreement=0, kl=9" in capsys.readouterr().out
 
 
 def test_other_labels(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -52,7 +52,8 @@ def tiny_onnx(precision: Precision = "fp32") -> ModelProto:
         helper.make_node("Cast", [INPUT], ["float"], to=TensorProto.FLOAT),
         helper.make_node("Reshape", ["float", "flat"], ["flattened"]),
         helper.make_node("Mul", ["flattened", "scale"], ["scaled"]),
-        helper.make_node("Gemm", ["scaled", "weight", "bias"], [LOGITS]),
+        *_in_precision(precision),
+        helper.make_node("Gemm", ["scaled" if precision == "fp32" else "precise", "weight", "bias"], [LOGITS]),
         helper.make_node("Softmax", [LOGITS], [PROBABILITIES], axis=1),
     ]
     stored = {
@@ -61,6 +62,8 @@ def tiny_onnx(precision: Precision = "fp32") -> ModelProto:
         "weight": weight,
         "bias": bias,
     }
+    if precision.startswith("int8"):
+        stored["zero"] = np.uint8(0)
     graph = helper.make_graph(
         nodes,
         "tiny",
@@ -71,6 +74,17 @@ def tiny_onnx(precision: Precision = "fp32") -> ModelProto:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)
     helper.set_model_props(model, onnx_metadata(SPEC, precision=precision, checkpoint_sha256=CHECKPOINT))
     return model
+
+
+def _in_precision(precision: Precision) -> list[NodeProto]:
+    """From `scaled` to `precise`: a pair of nodes that only a graph of that precision has."""
+    if precision == "fp16":
+        half = helper.make_node("Cast", ["scaled"], ["half"], to=TensorProto.FLOAT16)
+        return [half, helper.make_node("Cast", ["half"], ["precise"], to=TensorProto.FLOAT)]
+    if precision == "fp32":
+        return []
+    whole = helper.make_node("QuantizeLinear", ["scaled", "scale", "zero"], ["whole"])
+    return [whole, helper.make_node("DequantizeLinear", ["whole", "scale", "zero"], ["precise"])]
 
 
 def write(folder: Path, model: ModelProto, name: str = "tiny.onnx") -> Path:

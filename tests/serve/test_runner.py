@@ -169,7 +169,9 @@ def test_a_provider_by_name_is_that_provider(tiny: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
     for name in ("cuda", "tensorrt"):
-        with pytest.raises(UserError, match=f"{name} was asked for, but ONNX Runtime runs {CPU}|does not take"):
+        with pytest.raises(
+            UserError, match=f"{name} was asked for, but ONNX Runtime runs {CPU}|does not take|is not installed"
+        ):
             open_runner(tiny, provider=name)
     with open_runner(tiny) as runner:
         assert (runner.runs_on, runner.on_gpu) == (CPU, False)
@@ -454,7 +456,7 @@ def test_without_a_gpu_an_engine_says_what_it_needs(built: Path, monkeypatch: py
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UserError, match="needs an NVIDIA GPU, and none is visible") as caught:
         open_runner(built)
-    assert "--precision fp16 --backend rtx" in caught.value.fix
+    assert "--precision fp16 --batch 1,2,4 --backend rtx" in caught.value.fix
 
 
 def test_an_engine_that_cannot_be_deserialised(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
