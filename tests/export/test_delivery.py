@@ -243,3 +243,19 @@ def test_what_a_rewriter_cannot_do_is_told(
     monkeypatch.setattr(maker, "to_float16", fail)
     with nothing_changes(copy), pytest.raises(UserError, match=said):
         export(Wish(path=copy / "best.onnx", precision="fp16", tolerance="agreement=0.5"))
+
+
+@pytest.mark.usefixtures("exported_before")
+def test_a_good_artifact_outlives_one_that_cannot_be_written(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk fails between the two names: the artifact of before is back, and its JSON file is about it."""
+    before, rename = content(copy), Path.replace
+
+    def replaced(self: Path, target: Path) -> Path:
+        if target.name == "best.onnx.json":
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "replace", replaced)
+    with pytest.raises(UserError, match="Input/output error"):
+        export(Wish(path=copy / "best.pth"))
+    assert content(copy) == before

@@ -239,3 +239,32 @@ def test_drawn_faces_for_other_labels() -> None:
     data = open_data(SETTINGS, replace(SPEC, labels=LabelSet(names=("a", "b", "c"))), None, print)
     assert not data.meaningful
     assert set(data.validation().labels_N.tolist()) == {0, 1, 2}
+
+
+def test_answers_of_one_class_say_nothing_of_a_rewritten_graph() -> None:
+    """As where the pictures are not of the kind that a model knows: agreement of all is no proof."""
+    logits_NK = torch.randn(200, 7, generator=torch.Generator().manual_seed(0)) * 0.1
+    logits_NK[:, 3] += 9
+    for precision, passes in (("fp32", True), ("fp16", False), ("int8", False)):
+        report = report_of(answers(logits_NK), answers(logits_NK.clone()), tolerance_of(precision))  # type: ignore[arg-type]
+        assert report.passed == passes, report.reasons
+    loose = tolerance_of("fp16", "agreement=0")
+    assert report_of(answers(logits_NK), answers(logits_NK.clone()), loose).passed
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_the_same_classes_with_other_probabilities(precision: str) -> None:
+    """Logits a twentieth as large: each class is right, and the probabilities are all of another model."""
+    logits_NK = 3 * torch.randn(500, 7, generator=torch.Generator().manual_seed(0))
+    report = report_of(answers(logits_NK), answers(logits_NK / 20), tolerance_of(precision))  # type: ignore[arg-type]
+    assert report.top1_agreement == 1
+    assert [reason for reason in report.reasons if "KL divergence" in reason]
+
+
+@pytest.mark.parametrize(
+    ("precision", "text"),
+    [("fp32", "relative=1e-5"), ("fp16", "relative=1"), ("fp16", "agreement=0.999"), ("int8", "accuracy=0.001")],
+)
+def test_a_tolerance_only_loosens(precision: str, text: str) -> None:
+    with pytest.raises(UserError, match=f"--tolerance {text} does not loosen the gate of {precision}"):
+        tolerance_of(precision, text)  # type: ignore[arg-type]

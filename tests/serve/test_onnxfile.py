@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from fer_dist.errors import UserError
-from fer_dist.serve.artifact import INPUT
+from fer_dist.serve.artifact import INPUT, Precision, onnx_metadata
 from fer_dist.serve.onnxfile import MOST_BYTES, MOST_FIELDS, MOST_STRUCTURE, read_onnx
 from fer_dist.serve.runner import open_runner
 from tests.conftest import ROOT
@@ -41,6 +41,15 @@ def refusal(path: Path) -> str:
     assert caught.value.fix
     assert "\n" not in caught.value.problem
     return caught.value.problem
+
+
+@pytest.mark.parametrize(("told", "is_of"), [("fp32", "int8"), ("int8", "fp32"), ("fp16", "fp32"), ("fp32", "fp16")])
+def test_its_metadata_cannot_choose_how_strictly_it_is_judged(
+    told: Precision, is_of: Precision, tmp_path: Path
+) -> None:
+    model = tiny_onnx(is_of)
+    helper.set_model_props(model, onnx_metadata(SPEC, precision=told, checkpoint_sha256=CHECKPOINT))
+    assert f"its metadata says {told}, its graph is {is_of}" in refusal(write(tmp_path, model))
 
 
 def test_one_of_ours_passes(tmp_path: Path) -> None:
