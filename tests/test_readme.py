@@ -132,3 +132,8 @@ def test_every_file_has_its_line() -> None:
     tree = README[README.index("## Files") :]
     missing = [p.name for p in files if p.name != "__init__.py" and f"{p.name}" not in tree]
     assert not missing
+
+
+def test_no_gap_is_left() -> None:
+    """A line of capitals stands for something that was to be written later."""
+    assert not re.findall(r"^[A-Z]+_[A-Z_]+$", README, re.M)
