@@ -84,7 +84,7 @@ def test_bench(tmp_path: Path) -> None:
     assert command(onnx_command.main, path) == 0
     words = [path, tmp_path / "best.onnx", "--batch", "8", "--seconds", "0.5", "--json", tmp_path / "bench.json"]
     assert command(bench.main, *words) == 0
-    (torch_line, onnx_line) = json.loads((tmp_path / "bench.json").read_text())["timings"]
+    (torch_line, onnx_line) = json.loads((tmp_path / "bench.json").read_text())["results"]
     assert 0 < torch_line["gpu_p50_ms"] < torch_line["p50_ms"]
     assert onnx_line["runs_on"] == PROVIDERS["cuda"]
 
