@@ -88,7 +88,7 @@ UNFIT = {
         lambda tree: tree["spec"].update(arch="timm:resnet18", options={"checkpoint_path": "/etc/x", "dropout": 0}),
         "model.options.checkpoint_path is not an option",
     ),
-    "a weight that is none": (put("weights", "network.norm.bias", value="text"), "do not fit its own architecture"),
+    "a weight that is none": (put("weights", "network.norm.bias", value="text"), "its weights has another form"),
     "a weight of another type": (
         put("weights", "network.norm.bias", value=torch.zeros(32, dtype=torch.complex64)),
         "do not fit its own architecture",
