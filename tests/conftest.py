@@ -1,6 +1,7 @@
 """What every test gets: its own cache folder, one thread, no network, and skips that say why."""
 
 import os
+import signal
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -13,6 +14,8 @@ collect_ignore_glob = (
     [] if find_spec("onnxruntime") else ["export/*.py", "serve/*.py", "faults/test_hostile_pickles.py"]
 )
 
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts a job in the background
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # tests press Ctrl-C
 # Set here, before any test imports torch, and inherited by every process that a test starts.
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # torch's threads: several ranks share few cores
 os.environ.setdefault("MPLBACKEND", "Agg")
