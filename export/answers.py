@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from export.console import counting
 from fer_dist.config import Config
 from fer_dist.data.cache import open_faces
 from fer_dist.data.faces import TRAIN, VAL, Faces
@@ -166,6 +167,12 @@ def ask(runner: Runner, pictures: Pictures, progress: Callable[[int], object] = 
         probabilities_MK=torch.cat(probabilities),
         count=len(pictures),
     )
+
+
+def ask_aloud(runner: Runner, pictures: Pictures) -> Answers:
+    """The same, and people see how far it is."""
+    with counting(f"asking {runner.path.name}", len(pictures)) as progress:
+        return ask(runner, pictures, progress)
 
 
 def batches(count: int) -> Iterator[Tensor]:

@@ -7,16 +7,16 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.console import Parser, numbers, say
-from fer_dist.commandline import run
-from fer_dist.errors import UserError
+from export.console import numbers, say
+from fer_dist.commandline import Parser, run
+from fer_dist.errors import UserError, printable
+from fer_dist.extras import versions
 
 if TYPE_CHECKING:  # heavy at run time: --help must answer at once
     from torch import Tensor
@@ -88,11 +88,8 @@ def _main(argv: Sequence[str]) -> None:
     parser.add_argument("--json", metavar="FILE", type=Path, help="write all numbers, with the machine, as JSON")
     given = parser.parse_args(argv)
     if not 0 < given.seconds <= 3600 or not 0 <= given.warmup <= 10_000:
-        raise UserError(
-            f"--seconds is {given.seconds}, --warmup {given.warmup}, the largest --batch {max(given.batch)}; expected "
-            f"seconds in 0..3600, warmup in 0..10000",
-            f"{PROG} --help",
-        )
+        told = f"--seconds is {given.seconds}, --warmup {given.warmup}"
+        parser.error(f"{told}; expected seconds in 0..3600, warmup in 0..10000")
     if given.json is not None:
         _require_writable(given.json)
     found = _bench(given)
@@ -252,25 +249,21 @@ def _print(found: Sequence[Timing]) -> None:
 def _short(paths: Sequence[str]) -> dict[str, str]:
     """Path -> its file name; the whole path where two files have the same name. No signs that a terminal would obey."""
     names = {path: Path(path).name for path in paths}
-    shown = names if len(set(names.values())) == len(names) else {path: path for path in paths}
-    return {path: "".join(sign if sign.isprintable() else "?" for sign in name) for path, name in shown.items()}
+    alike = len(set(names.values())) < len(names)
+    return {path: printable(path if alike else name) for path, name in names.items()}
 
 
 def _machine() -> dict[str, Any]:
     """What the numbers were measured on."""
     import torch
 
-    versions = {"python": platform.python_version()}
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            versions[package] = version(package)
     return {
         "cpu": _cpu(),
         "cores": _cores(),
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
         "system": platform.platform(),
-        "versions": versions,
+        "versions": {"python": platform.python_version()} | versions(PACKAGES),
     }
 
 

@@ -5,10 +5,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING
 
-from fer_dist.errors import UserError
+from fer_dist.errors import printable
+
+if TYPE_CHECKING:  # torch is behind it: --help must answer at once
+    from fer_dist.serve.artifact import Precision
 
 MOST = 65_536
 """Largest batch, and largest number of such a list."""
@@ -16,16 +20,17 @@ SECONDS_BETWEEN_LINES = 15.0
 """Where there is no terminal, long work says at most so often how far it is."""
 
 
-class Parser(argparse.ArgumentParser):
-    """argparse, whose errors are UserErrors."""
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What is to be exported, and how it is judged; see the help of `add_export`."""
 
-    def __init__(self, prog: str, about: str) -> None:
-        super().__init__(
-            prog=prog, description=about, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-        )
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message, f"{self.prog} --help")
+    path: Path
+    precision: "Precision | None" = None
+    data: str | None = None
+    limit: int | None = None
+    tolerance: str = ""
+    calibration: int = 256
+    seed: int = 0
 
 
 def add_data(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +59,11 @@ def add_export(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--seed", metavar="S", type=natural, default=0, help="int8: seed of their choice")
     add_data(parser)
+
+
+def wish_of(given: argparse.Namespace) -> Wish:
+    """What the arguments of `add_export` say."""
+    return Wish(**{field.name: getattr(given, field.name) for field in fields(Wish)})
 
 
 def positive(text: str) -> int:
@@ -86,11 +96,6 @@ def numbers(text: str) -> tuple[int, ...]:
 def say(text: str) -> None:
     """Lines for people, at once; what a stranger's file says is shown without what a terminal would obey."""
     print("\n".join(map(printable, text.split("\n"))), flush=True)
-
-
-def printable(text: str) -> str:
-    """A stranger's text without what a terminal would obey."""
-    return "".join(sign if sign.isprintable() else "?" for sign in text)
 
 
 @contextmanager

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from export.answers import Answers, Pictures
-from export.console import printable
 from fer_dist.engine.metrics import Metrics
-from fer_dist.errors import Rejected, UserError
+from fer_dist.errors import Rejected, UserError, printable
 from fer_dist.serve.artifact import Precision
 from fer_dist.serve.runner import Runner
 from fer_dist.spec import ModelSpec

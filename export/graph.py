@@ -43,7 +43,7 @@ def to_onnx(model: FaceModel, checkpoint_sha256: str) -> onnx.ModelProto:
     """
     model.float().set_attn_implementation("eager")
     graph = trace(Exported(model).eval(), model.spec)
-    put_metadata(graph, onnx_metadata(model.spec, precision="fp32", checkpoint_sha256=checkpoint_sha256))
+    onnx.helper.set_model_props(graph, onnx_metadata(model.spec, precision="fp32", checkpoint_sha256=checkpoint_sha256))
     check(graph, model.spec)
     return graph
 
@@ -78,13 +78,6 @@ def trace(exported: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
     graph: onnx.ModelProto = program.model_proto
     _strip(graph)
     return graph
-
-
-def put_metadata(graph: onnx.ModelProto, properties: dict[str, str]) -> None:
-    """Replace a graph's metadata_props."""
-    del graph.metadata_props[:]
-    for name, text in properties.items():
-        graph.metadata_props.add(key=name, value=text)
 
 
 def check(graph: onnx.ModelProto, spec: ModelSpec) -> None:

@@ -4,23 +4,23 @@ import hashlib
 import shlex
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import onnx
 
-from export.answers import Answers, DataSet, Pictures, ask
-from export.console import counting, say
+from export.answers import Answers, Pictures, ask_aloud
+from export.console import Wish, say
 from export.delivery import deliver, put
 from export.gate import ParityReport, compare, require_same_model, show, tolerance_of
 from export.graph import to_onnx
 from export.precision import CannotRewriteError, Form, to_float16, to_int8
 from export.source import Source
 from fer_dist.errors import UserError
+from fer_dist.extras import versions
 from fer_dist.serve.artifact import ExportedModel, Precision, file_sha256, sidecar, sidecar_json
 from fer_dist.serve.runner import open_runner
 from fer_dist.spec import ModelSpec
@@ -29,19 +29,6 @@ PACKAGES = ("fer-dist", "torch", "onnx", "onnxscript", "onnxruntime-gpu", "onnxr
 """Whose versions an artifact records."""
 FP16_SAMPLE = 64
 """Training pictures whose activations show where float16 would overflow."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Wish:
-    """What is to be exported, and how it is judged; see the help of the commands."""
-
-    path: Path
-    precision: Precision | None = None
-    data: str | None = None
-    limit: int | None = None
-    tolerance: str = ""
-    calibration: int = 256
-    seed: int = 0
 
 
 class Builder(Protocol):
@@ -96,7 +83,6 @@ class Maker:
     wish: Wish
     asked: Precision
     source: Source
-    data: DataSet
     pictures: Pictures
     reference: Reference
     shop: Path
@@ -177,7 +163,7 @@ class Maker:
             batch=builder.batch,
             made=graph.made,
             calibration=graph.calibration,
-            built_with=_versions() | built_with,
+            built_with=versions(PACKAGES) | built_with,
         )
         made = self.shop / target.name
         put(made, raw)
@@ -215,7 +201,7 @@ class Maker:
             checkpoint_sha256=self.source.checkpoint_sha256,
             parent=parent,
             parent_sha256=parent_sha256,
-            built_with=_versions(),
+            built_with=versions(PACKAGES),
             data=self.source.settings,
         )
 
@@ -229,10 +215,8 @@ class Maker:
 
     def _judge(self, path: Path) -> ParityReport:
         """Ask an artifact the pictures of the reference; it must also say that it is of the same model."""
-        cpu_only = path.name.endswith(".int8.cpu.onnx")  # made for it, and other arithmetic than a GPU's
-        with open_runner(path, provider="cpu" if cpu_only else "auto") as runner:
-            with counting(f"asking {path.name}", len(self.pictures)) as progress:
-                answers = ask(runner, self.pictures, progress)
+        with open_runner(path) as runner:
+            answers = ask_aloud(runner, self.pictures)
             about = runner.precision.partition(".")[0] == self.asked.partition(".")[0]
             tolerance = tolerance_of(runner.precision, self.wish.tolerance if about else "")
             if self.wish.limit is not None:
@@ -257,11 +241,3 @@ def _rewriting(name: str, precision: str) -> Iterator[None]:
         raise UserError(f"{name} cannot be made {precision}: {error}", "--precision fp32") from None
     except OSError as error:
         raise UserError(f"{precision}: no temporary file: {error.strerror}", "free some space, or set TMPDIR") from None
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for package in PACKAGES:
-        with suppress(PackageNotFoundError):
-            found[package] = version(package)
-    return found

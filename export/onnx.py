@@ -3,8 +3,8 @@
 import sys
 from collections.abc import Sequence
 
-from export.console import Parser, add_export
-from fer_dist.commandline import run
+from export.console import add_export, wish_of
+from fer_dist.commandline import Parser, run
 
 PROG = "python -m export.onnx"
 ABOUT = """\
@@ -25,19 +25,9 @@ def _main(argv: Sequence[str]) -> None:
     add_export(parser)
     given = parser.parse_args(argv)
 
-    from export.pipeline import Wish, export
+    from export.pipeline import export
 
-    export(
-        Wish(
-            path=given.path,
-            precision=given.precision,
-            data=given.data,
-            limit=given.limit,
-            tolerance=given.tolerance,
-            calibration=given.calibration,
-            seed=given.seed,
-        )
-    )
+    export(wish_of(given))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from export.console import Parser, add_data, counting, printable, say
-from fer_dist.commandline import run
-from fer_dist.errors import Rejected
+from export.console import add_data, say
+from fer_dist.commandline import Parser, run
+from fer_dist.errors import Rejected, printable
 
 PROG = "python -m export.parity"
 ABOUT = """\
@@ -27,7 +27,7 @@ def _main(argv: Sequence[str]) -> None:
     add_data(parser)
     given = parser.parse_args(argv)
 
-    from export.answers import ask, open_data
+    from export.answers import ask_aloud, open_data
     from export.gate import compare, require_same_model, show, tolerance_of
     from export.source import settings_of
     from fer_dist.serve.artifact import PRECISIONS
@@ -44,8 +44,7 @@ def _main(argv: Sequence[str]) -> None:
         pictures = open_data(settings, reference.spec, given.data, say).validation(given.limit)
         answers, names = [], []
         for runner in (reference, candidate):
-            with counting(f"asking {runner.path.name}", len(pictures)) as progress:
-                answers.append(ask(runner, pictures, progress))
+            answers.append(ask_aloud(runner, pictures))
             names.append(printable(f"{runner.path} ({runner.runs_on})"))
         tolerance = tolerance_of(max(reference.precision, candidate.precision, key=PRECISIONS.index), given.tolerance)
         report = compare(answers[0], answers[1], pictures, tolerance, names=(names[0], names[1]))

@@ -2,16 +2,15 @@
 
 from pathlib import Path
 
-from export.answers import ask, open_data
-from export.console import counting, say
+from export.answers import Pictures, ask_aloud, open_data
+from export.console import Wish, say
 from export.delivery import workshop
 from export.gate import tolerance_of
-from export.maker import FP16_SAMPLE, Builder, Maker, Reference, Wish
-from export.source import open_source
+from export.maker import FP16_SAMPLE, Builder, Maker, Reference
+from export.source import Source, open_source
 from fer_dist.errors import UserError
+from fer_dist.serve.artifact import Precision
 from fer_dist.serve.runner import open_runner
-
-__all__ = ["Builder", "Wish", "export"]
 
 
 def export(wish: Wish, builder: Builder | None = None) -> list[Path]:
@@ -29,34 +28,16 @@ def export(wish: Wish, builder: Builder | None = None) -> list[Path]:
     """
     source = open_source(wish.path)
     precision = wish.precision or source.precision
-    if source.precision not in ("fp32", precision):
-        raise UserError(
-            f"{wish.path} is {source.precision} already and cannot become {precision}", "name the checkpoint"
-        )
-    if builder and precision == "int8.cpu":
-        raise UserError(f"{wish.path} is quantised for CPUs; TensorRT does not take it", "name the int8.onnx")
+    _require_possible(source, precision, builder)
     tolerance_of(precision, wish.tolerance)  # a wrong text is told before the work
-    if precision == source.precision and source.graph and not builder:
-        raise UserError(f"{wish.path} is what it would become", f"python -m export.parity best.pth {wish.path}")
     data = open_data(source.settings, source.spec, wish.data, say)
     pictures = data.validation(wish.limit)
     sample = None
     if precision != source.precision:
         sample = data.calibration(FP16_SAMPLE if precision == "fp16" else wish.calibration, wish.seed)
     with workshop(wish.path.parent) as shop:
-        with open_runner(source.reference) as runner:
-            with counting(f"asking {source.reference.name}", len(pictures)) as progress:
-                answers = ask(runner, pictures, progress)
-            itself = " itself, which had passed" if source.reference == source.path and source.graph else ""
-            reference = Reference(
-                answers=answers,
-                name=f"{source.reference.name}{itself} ({runner.runs_on})",
-                spec=runner.spec,
-                checkpoint_sha256=runner.checkpoint_sha256,
-            )
-        maker = Maker(
-            wish=wish, asked=precision, source=source, data=data, pictures=pictures, reference=reference, shop=shop
-        )
+        reference = _ask_reference(source, pictures)
+        maker = Maker(wish=wish, asked=precision, source=source, pictures=pictures, reference=reference, shop=shop)
         graph = maker.given() if source.checkpoint is None else maker.float32()
         if sample and precision == "fp16":
             graph = maker.float16(graph, sample)
@@ -65,3 +46,26 @@ def export(wish: Wish, builder: Builder | None = None) -> list[Path]:
         if builder:
             maker.engine(graph, builder)
     return maker.done
+
+
+def _require_possible(source: Source, precision: Precision, builder: Builder | None) -> None:
+    """Raises UserError where a source cannot become what is wished for, or is it already."""
+    path = source.path
+    if source.precision not in ("fp32", precision):
+        raise UserError(f"{path} is {source.precision} already and cannot become {precision}", "name the checkpoint")
+    if builder and precision == "int8.cpu":
+        raise UserError(f"{path} is quantised for CPUs; TensorRT does not take it", "name the int8.onnx")
+    if precision == source.precision and source.graph and not builder:
+        raise UserError(f"{path} is what it would become", f"python -m export.parity best.pth {path}")
+
+
+def _ask_reference(source: Source, pictures: Pictures) -> Reference:
+    """What artifacts of a source are compared with."""
+    itself = " itself, which had passed" if source.reference == source.path and source.graph else ""
+    with open_runner(source.reference) as runner:
+        return Reference(
+            answers=ask_aloud(runner, pictures),
+            name=f"{source.reference.name}{itself} ({runner.runs_on})",
+            spec=runner.spec,
+            checkpoint_sha256=runner.checkpoint_sha256,
+        )

@@ -3,8 +3,8 @@
 import sys
 from collections.abc import Sequence
 
-from export.console import Parser, add_export, numbers
-from fer_dist.commandline import run
+from export.console import add_export, numbers, wish_of
+from fer_dist.commandline import Parser, run
 from fer_dist.errors import UserError
 
 PROG = "python -m export.trt"
@@ -43,19 +43,10 @@ def _main(argv: Sequence[str]) -> None:
         raise UserError(f"--batch {','.join(map(str, given.batch))} is not smallest, best, largest", "--batch 1,8,64")
 
     from export.engines import choose_builder
-    from export.pipeline import Wish, export
+    from export.pipeline import export
 
     builder = choose_builder(given.backend, given.batch, tuple(filter(None, given.compute_capability.split(","))))
-    wish = Wish(
-        path=given.path,
-        precision=given.precision,
-        data=given.data,
-        limit=given.limit,
-        tolerance=given.tolerance,
-        calibration=given.calibration,
-        seed=given.seed,
-    )
-    export(wish, builder)
+    export(wish_of(given), builder)
 
 
 if __name__ == "__main__":

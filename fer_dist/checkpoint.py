@@ -1,26 +1,20 @@
 """`python -m fer_dist.checkpoint PATH`: what a checkpoint or a run folder holds, and whether it is whole."""
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import yaml
 
-from fer_dist.commandline import run
-from fer_dist.errors import UserError
+from fer_dist.commandline import Parser, run
+from fer_dist.errors import UserError, printable
 
 PROG = "python -m fer_dist.checkpoint"
 ABOUT = """\
 Describes a checkpoint (.pth or .safetensors): architecture, metrics, settings, where it came from, and whether
 it is whole. For a run folder, a line for each of its checkpoints. Leaves with 2 where one is damaged."""
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message, f"{PROG} --help")
 
 
 def main() -> None:
@@ -29,9 +23,7 @@ def main() -> None:
 
 
 def _main(argv: Sequence[str]) -> None:
-    parser = _Parser(
-        prog=PROG, description=ABOUT, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(PROG, ABOUT)
     parser.add_argument("path", metavar="PATH", type=Path, help="a checkpoint, or a run folder")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--safetensors", metavar="FILE", type=Path, help="write the model as safetensors, for sharing")
@@ -47,7 +39,7 @@ def _main(argv: Sequence[str]) -> None:
     else:
         text = "\n".join(map(_line, found)) if given.path.is_dir() else _page(found[0])
     # A file from a stranger may hold what a terminal would obey.
-    print("".join(sign if sign.isprintable() or sign == "\n" else "?" for sign in text))
+    print("\n".join(map(printable, text.split("\n"))))
     damaged = [one for one in found if not one["valid"]]
     if damaged:
         raise UserError(damaged[0]["reason"], f"use another one of the {len(found)}" if len(found) > 1 else "")

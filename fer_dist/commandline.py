@@ -1,5 +1,6 @@
 """The command line of the trainer: `--config NAME_OR_PATH`, dotted overrides, `--help`."""
 
+import argparse
 import dataclasses
 import os
 import signal
@@ -24,6 +25,18 @@ from fer_dist.options import bounds, recipes, walk
 ALIASES = {"--data": "--data.path"}
 LAST_WORD_S = 20.0
 """How long the other ranks wait, at most, for rank 0 to print a UserError and leave."""
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse for the commands that take no settings; its errors are UserErrors."""
+
+    def __init__(self, prog: str, about: str) -> None:
+        super().__init__(
+            prog=prog, description=about, allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message, f"{self.prog} --help")
 
 
 def parse(argv: Sequence[str], *, prog: str, about: str) -> Config:

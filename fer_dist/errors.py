@@ -13,6 +13,11 @@ EXIT_STOPPED = 75
 """Told to stop by a signal: saved, and to be started again to go on (BSD's EX_TEMPFAIL)."""
 
 
+def printable(text: str) -> str:
+    """A stranger's text without what a terminal would obey, line ends included."""
+    return "".join(sign if sign.isprintable() else "?" for sign in text)
+
+
 class UserError(Exception):
     """Something the user can put right: what was found, and what to type next.
 

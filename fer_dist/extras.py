@@ -1,9 +1,21 @@
 """Packages that not every machine can have: imported when needed, or an error that names the extra."""
 
 import importlib
+from collections.abc import Iterable
+from contextlib import suppress
+from importlib.metadata import PackageNotFoundError, version
 from types import ModuleType
 
 from fer_dist.errors import UserError
+
+
+def versions(packages: Iterable[str]) -> dict[str, str]:
+    """Package -> version, of those that are installed."""
+    found = {}
+    for package in packages:
+        with suppress(PackageNotFoundError):
+            found[package] = version(package)
+    return found
 
 
 def require(module: str, *, extra: str) -> ModuleType:

@@ -20,6 +20,7 @@ import safetensors.torch
 import torch
 
 from fer_dist.archives import BadArchive, find_directory, require_apart
+from fer_dist.errors import printable
 from fer_dist.pickles import BadPickle, Dtype, Ordered, Outline, TensorOutline, read_outline
 
 MAX_PICKLE_BYTES = 16 * 2**20
@@ -45,7 +46,7 @@ class NotTensors(Exception):
     """Why a file is none of tensors and plain values that can be read safely, in one line without its path."""
 
     def __init__(self, reason: str) -> None:
-        super().__init__("".join(sign if sign.isprintable() else "?" for sign in reason))  # a stranger's names
+        super().__init__(printable(reason))  # a stranger's names
 
 
 def first_line(error: BaseException) -> str:

@@ -108,10 +108,6 @@ class World:
             tensors.clear()
         return cast(T, _filled(skeleton, tensors, self.first, _carrier(self.device)))
 
-    def barrier(self) -> None:
-        """Wait for all ranks."""
-        self.gather(None)
-
     def together(self, work: Callable[[], T]) -> T:
         """Do the work on every rank; a UserError of any rank becomes the error of all.
 

@@ -10,7 +10,6 @@ from io import BufferedReader
 from pathlib import Path
 from typing import Any, Literal
 
-from fer_dist.engine.checkpoint import write_atomically
 from fer_dist.errors import UserError
 from fer_dist.spec import ModelSpec
 
@@ -162,16 +161,6 @@ def sidecar(path: Path) -> Path:
 def sidecar_json(exported: ExportedModel) -> bytes:
     """The content of the JSON file."""
     return (json.dumps(exported.to_dict(), indent=1, allow_nan=False) + "\n").encode()
-
-
-def write_sidecar(path: Path, exported: ExportedModel) -> None:
-    """Write the JSON file beside the artifact `path`, atomically.
-
-    Raises:
-        UserError: the disk is full or the folder cannot be written.
-    """
-    raw = sidecar_json(exported)
-    write_atomically(sidecar(path), lambda file: file.write(raw))
 
 
 def read_sidecar(path: Path) -> ExportedModel:

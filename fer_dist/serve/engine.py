@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fer_dist.errors import UserError
+from fer_dist.errors import UserError, printable
 from fer_dist.extras import require
 from fer_dist.serve.artifact import INPUT, LOGITS, PROBABILITIES, ExportedModel, read_sidecar, sidecar
 
@@ -159,7 +159,7 @@ def rebuild(path: Path, exported: ExportedModel) -> str:
     words = ["python", "-m", "export.trt", named, "--precision", exported.precision]
     words += ["--batch", ",".join(map(str, exported.batch))] if len(exported.batch) == 3 else []
     words += ["--backend", "rtx"] if exported.built_with.get("backend") == "rtx" else []
-    return "".join(sign if sign.isprintable() else "?" for sign in shlex.join(words))
+    return printable(shlex.join(words))
 
 
 def _verified(path: Path, exported: ExportedModel, again: str) -> bytes:

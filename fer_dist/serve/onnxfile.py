@@ -17,7 +17,7 @@ from pathlib import Path
 import onnx
 from onnx import ModelProto, TensorProto
 
-from fer_dist.errors import UserError
+from fer_dist.errors import UserError, printable
 from fer_dist.serve.artifact import INPUT, LOGITS, PROBABILITIES, Precision, read_onnx_metadata
 from fer_dist.serve.onnxshapes import NoShape, Shapes, check_graph, infer
 from fer_dist.spec import ModelSpec
@@ -95,7 +95,7 @@ def read_onnx(path: str | Path) -> OnnxFile:
         problem = str(refused)
     except Exception as error:  # protobuf and onnx fail on damaged files in a dozen ways
         problem = f"it is damaged or not ONNX ({(str(error).splitlines() or [''])[0]})"
-    raise UserError(f"{path} is refused: {_printable(problem)}", fix)
+    raise UserError(f"{path} is refused: {printable(problem[:600])}", fix)
 
 
 def _read(path: Path) -> bytes:
@@ -287,8 +287,3 @@ def _most_alive(graph: onnx.GraphProto, shapes: Shapes) -> int:
                 ends[last.get(name, place)] += counts[name]
         alive -= ends.pop(place, 0)
     return most
-
-
-def _printable(text: str) -> str:
-    """A stranger's names, without what a terminal would obey."""
-    return "".join(sign if sign.isprintable() else "?" for sign in text[:600])

@@ -7,7 +7,7 @@ from typing import Any
 import onnxruntime
 import torch
 
-from fer_dist.errors import UserError
+from fer_dist.errors import UserError, printable
 from fer_dist.extras import require
 from fer_dist.serve.artifact import Precision
 
@@ -23,7 +23,8 @@ def open_session(raw: bytes, precision: Precision, path: Path, provider: str, th
     Args:
         raw: a model that `read_onnx` has passed.
         path: its file, for messages; it is not read.
-        provider: one of PROVIDERS; or auto, which takes CUDA where it really starts, else the CPU.
+        provider: one of PROVIDERS; or auto, which takes CUDA where it really starts, else the CPU, and the CPU
+            for what is made for CPUs.
 
     Raises:
         UserError: the provider does not start here, or does not take the model.
@@ -31,7 +32,8 @@ def open_session(raw: bytes, precision: Precision, path: Path, provider: str, th
     gpu = torch.cuda.is_available()
     if provider in ("cuda", "tensorrt") and not gpu:
         raise UserError(f"provider {provider} needs a GPU, and none is visible", "--provider cpu")
-    wanted = ("cuda" if gpu else "cpu") if provider == "auto" else provider
+    best = "cuda" if gpu and precision != "int8.cpu" else "cpu"
+    wanted = best if provider == "auto" else provider
     try:
         session = _start(raw, precision, wanted, threads)
         found = session.get_providers()[0]
@@ -80,4 +82,4 @@ def _start(raw: bytes, precision: Precision, wanted: str, threads: int | None) -
 def reason(error: Exception) -> str:
     """What a library says, short, without what a terminal would obey."""
     text = (str(error).strip().splitlines() or [type(error).__name__])[0][:300]
-    return "".join(sign if sign.isprintable() else "?" for sign in text)
+    return printable(text)

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from export.answers import Answers, Pictures, ask, open_data
 from export.gate import ParityReport, compare, require_same_model, tolerance_of
-from export.graph import put_metadata
 from fer_dist.config import Config
 from fer_dist.engine.checkpoint import Checkpoint, save
 from fer_dist.models import FaceModel
@@ -57,7 +56,7 @@ def saved(folder: Path, arch: str, name: str = "best.pth", **settings: object) -
 def exported(model: FaceModel, checkpoint_sha256: str) -> onnx.ModelProto:
     """`to_onnx` of `lively(arch)` without the seconds that the exporter takes: its graph is made once."""
     graph = copied(graph_of(model.spec.arch))
-    put_metadata(graph, onnx_metadata(model.spec, precision="fp32", checkpoint_sha256=checkpoint_sha256))
+    onnx.helper.set_model_props(graph, onnx_metadata(model.spec, precision="fp32", checkpoint_sha256=checkpoint_sha256))
     return graph
 
 

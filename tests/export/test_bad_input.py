@@ -17,7 +17,7 @@ from export import onnx as onnx_command
 from export import trt
 from fer_dist.engine.checkpoint import load
 from fer_dist.errors import EXIT_USER_ERROR, UserError
-from fer_dist.serve.artifact import ExportedModel, file_sha256, read_sidecar, sidecar, write_sidecar
+from fer_dist.serve.artifact import ExportedModel, file_sha256, read_sidecar, sidecar, sidecar_json
 from fer_dist.spec import ModelSpec
 from tests.conftest import ROOT
 from tests.export.rig import command, content, exported, names, nothing_changes, saved, small_disk
@@ -237,13 +237,13 @@ def test_a_folder_where_the_artifact_goes(
 
 def test_a_sidecar_comes_back(tmp_path: Path) -> None:
     told = ExportedModel(**FIELDS)
-    write_sidecar(tmp_path / "best.engine", told)
+    sidecar(tmp_path / "best.engine").write_bytes(sidecar_json(told))
     assert names(tmp_path) == ["best.engine.json"]
     assert read_sidecar(tmp_path / "best.engine") == told
     plain = json.loads((tmp_path / "best.engine.json").read_text())
     assert plain["contract"]["labels"] == list(told.spec.labels.names)
     with pytest.raises(ValueError, match="JSON"):  # NaN is none
-        write_sidecar(tmp_path / "other.engine", replace(told, parity={"max_abs": float("nan")}))
+        sidecar_json(replace(told, parity={"max_abs": float("nan")}))
     assert names(tmp_path) == ["best.engine.json"]
 
 

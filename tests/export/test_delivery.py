@@ -17,8 +17,9 @@ from onnx import numpy_helper
 
 from export import maker, precision, trt
 from export import onnx as onnx_command
+from export.console import Wish
 from export.delivery import workshop
-from export.pipeline import Wish, export
+from export.pipeline import export
 from export.precision import CannotRewriteError, Form
 from fer_dist.errors import EXIT_REJECTED, EXIT_USER_ERROR, Rejected, UserError
 from fer_dist.models import FaceModel

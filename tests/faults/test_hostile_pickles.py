@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from export.pipeline import Wish, export
+from export.console import Wish
+from export.pipeline import export
 from export.source import settings_of
 from fer_dist.config import Config
 from fer_dist.engine.checkpoint import SEAL, SEAL_BYTES

@@ -20,7 +20,8 @@ from fer_dist.serve.artifact import (
     Precision,
     file_sha256,
     onnx_metadata,
-    write_sidecar,
+    sidecar,
+    sidecar_json,
 )
 from fer_dist.spec import InputSpec, ModelSpec
 from tests.models.tiny import make_lively, pictures, tiny_model
@@ -175,7 +176,7 @@ def engine(
         **values,
     }
     change(fields)
-    write_sidecar(path, ExportedModel(**fields))
+    sidecar(path).write_bytes(sidecar_json(ExportedModel(**fields)))
     return path
 
 

@@ -17,7 +17,8 @@ from fer_dist.engine.checkpoint import load, write_safetensors
 from fer_dist.engine.score import score
 from fer_dist.errors import UserError
 from fer_dist.serve import engine as engine_module
-from fer_dist.serve.artifact import INPUT, LOGITS, PROBABILITIES, file_sha256, read_sidecar, sidecar
+from fer_dist.serve import ortsession
+from fer_dist.serve.artifact import INPUT, LOGITS, PROBABILITIES, Precision, file_sha256, read_sidecar, sidecar
 from fer_dist.serve.engine import Engine, open_engine
 from fer_dist.serve.runner import Outputs, Runner, open_runner
 from fer_dist.world import World
@@ -231,6 +232,24 @@ def test_how_a_session_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         assert options.intra_op_num_threads == 2
         assert more["disabled_optimizers"] == without
         assert more["enable_fallback"] == 0
+
+
+@pytest.mark.parametrize(("precision", "taken"), [("fp32", "cuda"), ("int8", "cuda"), ("int8.cpu", "cpu")])
+def test_what_is_made_for_cpus_runs_on_one(
+    precision: Precision, taken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there is a GPU as well, and nothing else is asked for: its arithmetic is what was judged."""
+    asked: list[str] = []
+
+    def start(raw: bytes, precision: Precision, wanted: str, threads: int | None) -> Any:
+        asked.append(wanted)
+        return made(raw, precision, "cpu", threads)
+
+    made = ortsession._start
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(ortsession, "_start", start)
+    open_runner(write(tmp_path, tiny_onnx(precision))).close()
+    assert asked == [taken]
 
 
 def test_what_onnx_runtime_does_not_take(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -236,7 +236,7 @@ def faults(world: World, folder: Path) -> dict[str, str]:
     found["last rank"] = message(lambda: world.together(stumble))
     found["node first"] = message(lambda: world.node_first(stumble))
     found["only first, never done elsewhere"] = message(lambda: world.only_first(stumble))
-    world.barrier()
+    world.gather(None)
     return found
 
 
