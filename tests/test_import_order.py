@@ -80,6 +80,7 @@ ORDER = (
     "fer_dist.serve.artifact",
     "fer_dist.serve.onnxshapes",
     "fer_dist.serve.onnxfile",
+    "fer_dist.serve.replay",
     "fer_dist.serve.ortsession",
     "fer_dist.serve.engine",
     "fer_dist.serve.runner",

@@ -9,7 +9,6 @@ import hashlib
 import shlex
 import stat
 import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch import Tensor
 from fer_dist.errors import UserError, printable
 from fer_dist.extras import require
 from fer_dist.serve.artifact import INPUT, LOGITS, PROBABILITIES, ExportedModel, read_sidecar, sidecar
+from fer_dist.serve.replay import Replay, record, warm
 
 FLAVOURS = {"tensorrt": ("tensorrt", "tensorrt", "TensorRT"), "rtx": ("tensorrt_rtx", "tensorrt-rtx", "TensorRT-RTX")}
 """`built_with["backend"]` -> the module, the extra that brings it, and its name for people."""
@@ -78,23 +78,26 @@ class Engine:
         logits, probabilities = zip(*parts, strict=True)
         return torch.cat(logits), torch.cat(probabilities)
 
-    def capture(self, images_N1SS: Tensor) -> Callable[[], None] | None:
-        """A CUDA graph of one batch of the images' size, to be replayed on its memory; None: it cannot be captured.
+    def capture(self, images_N1SS: Tensor) -> Replay | None:
+        """A CUDA graph of one batch of the images' size, on the engine's memory; None: it cannot be one, or the batch
+        is larger than those of the engine.
 
         Other batches must not be asked in between.
         """
         if self._stream is None or len(images_N1SS) > self._most:
             return None
         with self._lock, torch.cuda.stream(self._stream):
-            self._answer(images_N1SS)  # sets the shape; the first enqueue allocates, and RTX compiles
-            capturable = getattr(self._context, "is_stream_capturable", None)  # of TensorRT for RTX only
-            if capturable is not None and not capturable(self._stream.cuda_stream):
-                return None
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=self._stream):
-                self._enqueue()
-        replay: Callable[[], None] = graph.replay
-        return replay
+            own = recording_context(self._keep[0])
+            context, logits_NK = own or self._context, self._logits_NK[: len(images_N1SS)]
+            self._fill(images_N1SS, context)
+
+            def work() -> Tensor:
+                self._enqueue(context)
+                return logits_NK
+
+            replay = (warm if own else record)(work, self._stream)
+            capturable = getattr(own, "is_stream_capturable", None)
+            return replay if capturable is None or capturable(self._stream.cuda_stream) else None
 
     def close(self) -> None:
         """Give the memory back: the context first, then the engine, its runtime and its logger."""
@@ -105,24 +108,45 @@ class Engine:
 
     def _answer(self, part_N1SS: Tensor) -> tuple[Tensor, Tensor]:
         """One batch of at most `_most`, on the current stream."""
+        count = len(part_N1SS)
+        self._fill(part_N1SS, self._context)
+        self._enqueue(self._context)
+        # Copies wait for the stream, as their target is ordinary memory.
+        return self._logits_NK[:count].to("cpu", copy=True), self._probabilities_NK[:count].to("cpu", copy=True)
+
+    def _fill(self, part_N1SS: Tensor, context: Any) -> None:
+        """Put pictures where the engine reads them, and tell it how many they are."""
         count, least = len(part_N1SS), self.exported.batch[0]
         self._images_N1SS[:count].copy_(part_N1SS)
         self._images_N1SS[count:least].zero_()
         shape = (max(count, least), *self._images_N1SS.shape[1:])
         memory = {INPUT: self._images_N1SS, LOGITS: self._logits_NK, PROBABILITIES: self._probabilities_NK}
-        taken = self._context.set_input_shape(INPUT, shape)
-        taken = taken and all(self._context.set_tensor_address(name, t.data_ptr()) for name, t in memory.items())
+        taken = context.set_input_shape(INPUT, shape)
+        taken = taken and all(context.set_tensor_address(name, t.data_ptr()) for name, t in memory.items())
         if not taken:
             raise UserError(f"{self.name} does not take a batch of {shape[0]}", "another batch size")
-        self._enqueue()
-        # Copies wait for the stream, as their target is ordinary memory.
-        return self._logits_NK[:count].to("cpu", copy=True), self._probabilities_NK[:count].to("cpu", copy=True)
 
-    def _enqueue(self) -> None:
-        if not self._context.execute_async_v3(self._stream.cuda_stream if self._stream else 0):
+    def _enqueue(self, context: Any) -> None:
+        if not context.execute_async_v3(self._stream.cuda_stream if self._stream else 0):
             raise UserError(
                 f"{self.name} could not execute the engine", "see whether the GPU's memory is full: nvidia-smi"
             )
+
+
+def recording_context(found: Any) -> Any:
+    """A context that records CUDA graphs by itself, of TensorRT for RTX; None: TensorRT is recorded from outside.
+
+    RTX compiles kernels for the shape at hand while it runs already; here it waits for them, and a recording
+    from outside could hold those that are for any shape (NVIDIA's "Working with RTX CUDA Graphs").
+    """
+    config: Any = found.create_runtime_config() if hasattr(found, "create_runtime_config") else None
+    if config is None or not hasattr(config, "cuda_graph_strategy"):  # TensorRT has the call, too, but not the setting
+        return None
+    config.cuda_graph_strategy = type(config.cuda_graph_strategy).WHOLE_GRAPH_CAPTURE
+    config.dynamic_shapes_kernel_specialization_strategy = type(
+        config.dynamic_shapes_kernel_specialization_strategy
+    ).EAGER
+    return found.create_execution_context(config)
 
 
 def open_engine(path: Path) -> Engine:

@@ -1,7 +1,6 @@
 """A model behind one interface, whatever file it is in: checkpoint, ONNX file or TensorRT engine."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -16,7 +15,8 @@ from fer_dist.models.base import FaceModel
 from fer_dist.serve.artifact import INPUT, LOGITS, PROBABILITIES, Precision, file_sha256
 from fer_dist.serve.engine import open_engine
 from fer_dist.serve.onnxfile import read_onnx
-from fer_dist.serve.ortsession import PROVIDERS, open_session, reason
+from fer_dist.serve.ortsession import PROVIDERS, open_session, reason, record_session
+from fer_dist.serve.replay import Replay, record
 from fer_dist.spec import ModelSpec
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -100,10 +100,10 @@ class Runner(ABC):
         """The logits alone: `fer_dist.engine.score.Predict`."""
         return self.run(images_N1SS).logits_NK
 
-    def capture(self, images_N1SS: Tensor) -> Callable[[], None] | None:
-        """The work on these pictures as a CUDA graph, for benchmarks; None where there is no such thing.
+    def capture(self, images_N1SS: Tensor) -> Replay | None:
+        """The work on these pictures as a CUDA graph, for benchmarks; None where it cannot be one, as on a CPU.
 
-        Calling it replays the graph on the current stream; nothing is copied to or from the host.
+        Close the runner after the last replay; no other batches in between.
         """
         return None
 
@@ -165,25 +165,12 @@ class TorchRunner(Runner):
         logits_NK = logits_NK.float()
         return logits_NK, logits_NK.softmax(1)
 
-    def capture(self, images_N1SS: Tensor) -> Callable[[], None] | None:
+    def capture(self, images_N1SS: Tensor) -> Replay | None:
         """See Runner."""
         if not self.on_gpu:
             return None
         fixed_N1SS = images_N1SS.to(self._device)
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        graph = torch.cuda.CUDAGraph()
-        with torch.no_grad():
-            with torch.cuda.stream(stream):
-                for _ in range(3):  # cuDNN and cuBLAS allocate at first
-                    self._answer(fixed_N1SS)
-            stream.synchronize()
-            with torch.cuda.graph(graph, stream=stream):
-                kept = fixed_N1SS, self._answer(fixed_N1SS)
-
-        def replay(kept: Any = kept) -> None:  # the graph works on this memory
-            graph.replay()
-
-        return replay
+        return record(lambda: self._answer(fixed_N1SS)[0], torch.cuda.Stream())  # type: ignore[no-untyped-call]
 
     def _close(self) -> None:
         self._model = None
@@ -224,6 +211,14 @@ class OnnxRunner(Runner):
             )
         return logits_NK, probabilities_NK
 
+    def capture(self, images_N1SS: Tensor) -> Replay | None:
+        """See Runner. It is a session of its own: one that records graphs answers one batch size only."""
+        if not self.on_gpu:
+            return None
+        provider = next(name for name, title in PROVIDERS.items() if title == self.runs_on)
+        raw = read_onnx(self.path).serialized()
+        return record_session(raw, self.precision, self.path, provider, images_N1SS, len(self.spec.labels))
+
     def _close(self) -> None:
         self._session = None
 
@@ -243,7 +238,7 @@ class EngineRunner(Runner):
     def _run(self, images_N1SS: Tensor) -> tuple[Tensor, Tensor]:
         return self._engine.infer(images_N1SS)
 
-    def capture(self, images_N1SS: Tensor) -> Callable[[], None] | None:
+    def capture(self, images_N1SS: Tensor) -> Replay | None:
         """See Runner."""
         return self._engine.capture(images_N1SS)
 

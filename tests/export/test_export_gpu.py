@@ -78,15 +78,24 @@ def test_providers_of_onnx_runtime(provider: str, arch: str, precision: Precisio
     assert report.passed, report.reasons
 
 
-def test_bench(tmp_path: Path) -> None:
-    """The work alone, by CUDA events and a replayed graph, stands beside the time of a caller."""
+@pytest.mark.parametrize("kind", ["pth", "onnx", "tensorrt", "rtx"])
+def test_bench(kind: str, tmp_path: Path) -> None:
+    """The work alone, by CUDA events and a replayed graph, stands beside the time of a caller, and is less."""
     path = saved(tmp_path, "vit")
-    assert command(onnx_command.main, path) == 0
-    words = [path, tmp_path / "best.onnx", "--batch", "8", "--seconds", "0.5", "--json", tmp_path / "bench.json"]
+    if kind == "onnx":
+        assert command(onnx_command.main, path) == 0
+    elif kind != "pth":
+        pytest.importorskip({"rtx": "tensorrt_rtx"}.get(kind, kind), reason=f"{kind} is not installed")
+        if kind == "rtx" and not trt_runs_here():
+            pytest.skip(f"TensorRT for RTX is not for GPUs of capability {torch.cuda.get_device_capability()}")
+        assert command(trt.main, path, "--backend", kind) == 0
+    artifact = tmp_path / f"best.{kind if kind in ('pth', 'onnx') else 'engine'}"
+    words = [artifact, "--batch", "8", "--seconds", "0.5", "--json", tmp_path / "bench.json"]
     assert command(bench.main, *words) == 0
-    (torch_line, onnx_line) = json.loads((tmp_path / "bench.json").read_text())["results"]
-    assert 0 < torch_line["gpu_p50_ms"] < torch_line["p50_ms"]
-    assert onnx_line["runs_on"] == PROVIDERS["cuda"]
+    (line,) = json.loads((tmp_path / "bench.json").read_text())["results"]
+    assert 0 < line["gpu_p50_ms"] < line["p50_ms"]
+    if kind == "onnx":
+        assert line["runs_on"] == PROVIDERS["cuda"]
 
 
 def test_the_timing_cache_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -19,7 +19,9 @@ from fer_dist.errors import UserError
 from fer_dist.serve import engine as engine_module
 from fer_dist.serve import ortsession
 from fer_dist.serve.artifact import INPUT, LOGITS, PROBABILITIES, Precision, file_sha256, read_sidecar, sidecar
-from fer_dist.serve.engine import Engine, open_engine
+from fer_dist.serve.engine import Engine, open_engine, recording_context
+from fer_dist.serve.onnxfile import read_onnx
+from fer_dist.serve.ortsession import bound, open_session
 from fer_dist.serve.runner import Outputs, Runner, open_runner
 from fer_dist.world import World
 from tests.models.tiny import pictures
@@ -241,9 +243,9 @@ def test_what_is_made_for_cpus_runs_on_one(
     """Where there is a GPU as well, and nothing else is asked for: its arithmetic is what was judged."""
     asked: list[str] = []
 
-    def start(raw: bytes, precision: Precision, wanted: str, threads: int | None) -> Any:
+    def start(raw: bytes, precision: Precision, wanted: str, threads: int | None, stream: int) -> Any:
         asked.append(wanted)
-        return made(raw, precision, "cpu", threads)
+        return made(raw, precision, "cpu", threads, stream)
 
     made = ortsession._start
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -543,6 +545,44 @@ def test_what_tensorrt_does_not_execute(tmp_path: Path) -> None:
         stand_in(tmp_path, None)
 
 
+# Graphs of CUDA
+
+
+def test_a_session_on_fixed_memory_answers_what_it_answers_else(exported: tuple[Path, Path]) -> None:
+    """It is how graphs are recorded; on a CPU, the memory of the pictures is the CPU's."""
+    with open_runner(exported[1], provider="cpu") as runner:
+        images = pictures(5)
+        session = open_session(read_onnx(exported[1]).serialized(), "fp32", exported[1], "cpu", None)
+        work = bound(session, images, len(runner.spec.labels))
+        before = work().clone()
+        torch.testing.assert_close(before, runner(images))
+        images.copy_(pictures(5).flip(0))
+        torch.testing.assert_close(work(), before.flip(0), msg="it reads the memory, not a copy of it")
+
+
+def test_nothing_is_recorded_on_a_cpu(exported: tuple[Path, Path]) -> None:
+    for path in exported:
+        with open_runner(path, device="cpu", provider="cpu") as runner:
+            assert runner.capture(pictures(2)) is None
+
+
+def test_tensorrt_for_rtx_records_by_itself() -> None:
+    """The settings are those of the real package, without a GPU; the engine is a stand-in."""
+    rtx = pytest.importorskip("tensorrt_rtx", reason="needs the extra tensorrt-rtx")
+
+    class Config:
+        cuda_graph_strategy = rtx.CudaGraphStrategy.DISABLED
+        dynamic_shapes_kernel_specialization_strategy = rtx.DynamicShapesKernelSpecializationStrategy.LAZY
+
+    found = SimpleNamespace(create_runtime_config=Config, create_execution_context=lambda config: config)
+    config = recording_context(found)
+    assert config.cuda_graph_strategy == rtx.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+    assert config.dynamic_shapes_kernel_specialization_strategy == rtx.DynamicShapesKernelSpecializationStrategy.EAGER
+    assert {"cuda_graph_strategy", "dynamic_shapes_kernel_specialization_strategy"} <= set(dir(rtx.IRuntimeConfig))
+    assert recording_context(SimpleNamespace(create_runtime_config=SimpleNamespace)) is None, "TensorRT"
+    assert recording_context(SimpleNamespace()) is None, "TensorRT 10"
+
+
 # With a GPU
 
 
@@ -550,9 +590,13 @@ def on_gpu(path: Path, images: Tensor, **settings: Any) -> tuple[Outputs, Runner
     with open_runner(path, **settings) as runner:
         found = runner.run(images)
         replay = runner.capture(images)
+        assert (replay is not None) == runner.on_gpu
         if replay is not None:
-            replay()
+            replay.logits_NK.zero_()
             torch.cuda.synchronize()
+            replay.work()
+            replay.stream.synchronize()
+            torch.testing.assert_close(replay.logits_NK.cpu(), found.logits_NK, atol=1e-4, rtol=1e-4)
             again = runner.run(images)
             torch.testing.assert_close(again.logits_NK, found.logits_NK)
         return found, runner
