@@ -39,8 +39,11 @@ class Parser(argparse.ArgumentParser):
         raise UserError(message, f"{self.prog} --help")
 
 
-def parse(argv: Sequence[str], *, prog: str, about: str) -> Config:
+def parse(argv: Sequence[str], *, prog: str, about: str, recipe: str = "demo") -> Config:
     """Turn arguments into a Config. `--help` and `--print-config` print and leave with 0.
+
+    Args:
+        recipe: what `--config` is where it is not given.
 
     Raises:
         UserError: an unknown argument or setting, or a bad value.
@@ -49,7 +52,7 @@ def parse(argv: Sequence[str], *, prog: str, about: str) -> Config:
         print(_help(prog, about))
         raise SystemExit(0)
     words = list(argv)
-    recipe, show = "demo", False
+    show = False
     values: dict[str, str] = {}
     while words:
         if words[0] == "--print-config":

@@ -199,7 +199,8 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | str):
         return value
     if isinstance(value, numbers.Real):
-        return int(value) if isinstance(value, numbers.Integral) else float(value)
+        number = float(value)  # refuses a whole number that is too large for it, too
+        return int(value) if isinstance(value, numbers.Integral) else number
     if isinstance(value, Mapping):
         return {str(key): _plain(value[key]) for key in value}
     if isinstance(value, list | tuple):
@@ -214,11 +215,15 @@ def _checked(f: "dataclasses.Field[Any]", value: Any, name: str) -> Any:
         if value is None or (isinstance(value, str) and value.lower() in ("none", "null")):
             return None
         kind = next(arg for arg in get_args(kind) if arg is not type(None))
-    value = _converted(kind, value, name)
+    try:
+        value = _converted(kind, value, name)
+        finite = kind not in (int, float) or math.isfinite(value)
+    except OverflowError:  # hundreds of digits
+        raise UserError(f"{name}: a number is too large", "write a smaller one") from None
     if kind in (int, float):
         low, high, above = (f.metadata[key] for key in ("low", "high", "above"))
         wrong = (low is not None and value < low) or (high is not None and value > high)
-        if wrong or (above is not None and value <= above) or not math.isfinite(value):
+        if wrong or (above is not None and value <= above) or not finite:
             expected = bounds(f) or "a finite number"
             raise UserError(f"{name} is {value}, expected {expected}", f"{name}: {f.metadata['help']}")
     return value
@@ -267,7 +272,7 @@ def _number(kind: Callable[[Any], Any], value: Any) -> Any:
             pass  # "64.0" and "1e3" are whole, too
     try:
         number = float(value)
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError):
         return None
     if kind is int:
         return int(number) if number.is_integer() else None

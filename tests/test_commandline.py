@@ -91,6 +91,8 @@ def test_settings(words: list[str], name: str, value: object, tmp_path: Path) ->
         (["--optim.lr", "-3"], "optim.lr is -3.0, expected > 0"),
         (["--train.compile", "maybe"], "train.compile is 'maybe', expected true or false"),
         (["--print-config=false"], "unknown setting 'print-config'"),
+        (["--train.global_batch", "1" + "0" * 400], "train.global_batch: a number is too large"),
+        (["--model.options.cut", "1" + "0" * 400], "model.options.cut: a number is too large"),
     ],
 )
 def test_refusals(words: list[str], message: str) -> None:

@@ -163,6 +163,14 @@ def test_override_refuses(name: str, value: Any, message: str) -> None:
     assert caught.value.fix
 
 
+@pytest.mark.parametrize("digits", [400, 5000])  # Python itself prints 4300
+@pytest.mark.parametrize("name", ["count", "ratio", "limit", "extra", "extra.n", "inner.rate"])
+def test_a_number_that_no_float_can_hold_is_refused(name: str, digits: int) -> None:
+    for number in (10**digits, -(10**digits)):
+        with pytest.raises(UserError, match=rf"^{name}: a number is too large\n  -> write a smaller one"):
+            Outer().override({name: {"a": [number]} if name == "extra" else number})
+
+
 def test_bounds_hold_wherever_the_value_comes_from() -> None:
     with pytest.raises(UserError, match=r"lr is -1\.0, expected > 0"):
         OptimConfig(lr=-1)

@@ -109,6 +109,16 @@ ORDER = (
     "export.parity",
     "export.bench",
     "tune",
+    "tune.ledger",
+    "tune.settings",
+    "tune.space",
+    "tune.spacefile",
+    "tune.trial",
+    "tune.cluster",
+    "tune.driver",
+    "tune.pictures",
+    "tune.report",
+    "tune.search",
 )
 
 PLAIN = ORDER[: ORDER.index("fer_dist.device")]

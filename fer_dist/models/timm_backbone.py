@@ -40,10 +40,15 @@ def build(spec: ModelSpec) -> FaceModel:
     """The network with random weights, from torch's generator.
 
     Raises:
-        UserError: timm refuses the options or the image size.
+        UserError: timm refuses the options or the image size, or does not say what the blocks are.
     """
     network: Any = _create(spec, num_classes=len(spec.labels))
     head_names = _head_names(spec.arch, network)
+    if not hasattr(network, "group_matcher"):  # a few families, such as poolformer and pit
+        raise UserError(
+            f"{spec.arch} cannot be divided into blocks: timm does not say what its blocks are",
+            "choose another network of timm, such as --model.arch timm:resnet18",
+        )
     groups = timm.models.group_parameters(network, network.group_matcher(coarse=False))
     in_order = [groups[index] for index in sorted(groups)]
     # What no pattern matches comes last, and the head is always in there.

@@ -163,6 +163,13 @@ def test_timm_refuses_what_its_constructor_does_not_know() -> None:
         tiny_model("timm:resnet18", options={"depht": 3})
 
 
+@pytest.mark.parametrize("name", ["poolformer_s12", "pit_ti_224"])
+def test_a_timm_network_that_does_not_name_its_blocks(name: str) -> None:
+    spec = build_spec(Config().override({"model.arch": f"timm:{name}"}).model, 48, LabelSet())
+    with pytest.raises(UserError, match=rf"timm:{name} cannot be divided into blocks.*\n.*--model\.arch timm:resnet18"):
+        build(spec)
+
+
 def test_timm_options_reach_the_constructor() -> None:
     assert tiny_model("timm:vit_tiny_patch16_224", options={"depth": 3}).depth == 3
 
