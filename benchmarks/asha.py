@@ -60,9 +60,7 @@ def main() -> None:
     lost = sum(100 * (grid["best"] - asha["best"]) for _, grid, asha in rows) / len(rows)
     share = sum(asha["epochs"] / grid["epochs"] for _, grid, asha in rows) / len(rows)
     wall = sum(asha["wall"] / grid["wall"] for _, grid, asha in rows) / len(rows)
-    print(
-        f"mean of {len(rows)}: {lost:.2f} points lost with {100 * share:.0f}% of the epochs, {100 * wall:.0f}% of the time"
-    )
+    print(f"mean of {len(rows)}: {lost:.2f} points lost, {100 * share:.0f}% of the epochs, {100 * wall:.0f}% of time")
 
 
 def search(folder: Path, seed: int, scheduler: str) -> dict[str, Any]:

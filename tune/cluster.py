@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,6 +43,8 @@ def connected(address: str, cpus: int | None) -> Iterator[None]:
         UserError: there is no cluster at the address.
     """
     os.environ.update(QUIET)
+    if not sys.stdout.isatty():
+        os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the older output can be told to be silent; lines are ours there
     address = address or os.environ.get("RAY_ADDRESS", "")
     if not address:
         # Read by Ray at its import: nodes are addressed as 127.0.0.1, which is what Ray then binds to.

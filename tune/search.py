@@ -56,7 +56,7 @@ def _main(argv: Sequence[str]) -> None:
     given, rest = _parser().parse_known_args(argv)
     search = _resumed(given, rest) if given.resume else _new(given, rest)
     ledger = Ledger(search.folder)
-    with ledger.hold(), _interruptible():
+    with ledger.hold():
         try:
             _run(search, ledger, given)
         except KeyboardInterrupt:
@@ -187,7 +187,7 @@ def _run(search: Search, ledger: Ledger, given: Namespace) -> None:
     shutil.rmtree(scratch, ignore_errors=True)
     task = Task(folder=search.folder, scratch=scratch, config=search.config, settings=search.settings)
     try:
-        with connected(given.address, given.cores):
+        with connected(given.address, given.cores), _interruptible():
             at_once = require_resources(search.settings, given.concurrent)
             for line in prepare_nodes(task):
                 say(line)
@@ -245,7 +245,7 @@ def _tune(search: Search, ledger: Ledger, task: Any, desk: Any, at_once: int) ->
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGTERM does what Ctrl-C does."""
+    """SIGTERM does what Ctrl-C does, also after Ray has taken it for itself."""
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         raise KeyboardInterrupt
