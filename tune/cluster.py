@@ -46,9 +46,11 @@ def connected(address: str, cpus: int | None) -> Iterator[None]:
     if not sys.stdout.isatty():
         os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the older output can be told to be silent; lines are ours there
     address = address or os.environ.get("RAY_ADDRESS", "")
-    if not address:
-        # Read by Ray at its import: nodes are addressed as 127.0.0.1, which is what Ray then binds to.
+    if not address or address.startswith(("127.", "localhost:")):
+        # Read by Ray at its import: nodes are addressed as 127.0.0.1, which is what Ray then binds to; else Ray
+        # puts another address of this machine in its place.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    if not address:
         # Ray would end all of its processes when others have filled the memory; the kernel ends the largest one.
         os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
     import ray
@@ -98,10 +100,12 @@ def require_resources(settings: Settings, concurrent: int | None) -> int:
 
 
 def open_desk() -> Any:
-    """The actor between the search and its trials; it ends with the search."""
+    """The actor between the search and its trials, on the node of the search; it ends with it."""
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    return ray.remote(Desk).options(name=DESK, num_cpus=0, max_concurrency=1000).remote()
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    return ray.remote(Desk).options(name=DESK, num_cpus=0, max_concurrency=1000, scheduling_strategy=here).remote()
 
 
 def prepare_nodes(task: Task) -> list[str]:
@@ -130,6 +134,9 @@ def prepare_nodes(task: Task) -> list[str]:
             try:
                 problem, fix, line = ray.get(answer)
             except Exception as error:  # a node without our packages, or of another Python
+                if all(other["NodeID"] != node["NodeID"] for other in ray.nodes() if other["Alive"]):
+                    told.append(f"node {name} is gone")
+                    continue
                 told_by = " ".join(str(error).split())[-300:]
                 raise UserError(f"node {name} cannot work for us: {told_by}", "install fer_dist there") from None
             if problem:
