@@ -118,6 +118,7 @@ ORDER = (
     "tune.driver",
     "tune.pictures",
     "tune.report",
+    "tune.board",
     "tune.search",
 )
 

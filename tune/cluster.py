@@ -2,7 +2,6 @@
 
 import os
 import socket
-import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from tune.trial import DESK, Desk, Task
 QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",  # the older output can be told to be silent
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours: it leaves a search that can go on
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial may fail before its first epoch
@@ -43,8 +43,6 @@ def connected(address: str, cpus: int | None) -> Iterator[None]:
         UserError: there is no cluster at the address.
     """
     os.environ.update(QUIET)
-    if not sys.stdout.isatty():
-        os.environ["RAY_AIR_NEW_OUTPUT"] = "0"  # the older output can be told to be silent; lines are ours there
     address = address or os.environ.get("RAY_ADDRESS", "")
     if not address or address.startswith(("127.", "localhost:")):
         # Read by Ray at its import: nodes are addressed as 127.0.0.1, which is what Ray then binds to; else Ray

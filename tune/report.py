@@ -20,6 +20,7 @@ from fer_dist.errors import printable
 from tune.ledger import Trial, ranked
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
 REASON = 80
@@ -104,20 +105,25 @@ def show(trials: list[Trial], monitor: str, axes: Sequence[str], folder: Path) -
 
 
 def _print_table(trials: list[Trial], monitor: str, axes: Sequence[str]) -> None:
-    """A column a setting; where a terminal is too narrow for that, one for all of them."""
     from rich.console import Console
-    from rich.measure import Measurement
 
     # Where there is no terminal, there is no width to fit into.
     wide = None if sys.stdout.isatty() else WIDE
     console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, width=wide)
+    console.print(fitting_table(console, trials, monitor, axes))
+
+
+def fitting_table(console: "Console", trials: list[Trial], monitor: str, axes: Sequence[str]) -> "Table":
+    """The trials, the best first: a column a setting; where a terminal is too narrow for that, one for all of them."""
+    from rich.measure import Measurement
+
     ordered = ranked(trials, monitor) + [trial for trial in trials if not trial.records]
     table = _table(ordered, monitor, axes, ruled=console.is_terminal, merged=False)
     needed = Measurement.get(console, console.options.update_width(WIDE), table).maximum
     folding = max((len(_cut(trial.reason)) for trial in trials), default=0) - LEAST_REASON
     if needed - max(0, folding) > console.width:
         table = _table(ordered, monitor, axes, ruled=console.is_terminal, merged=True)
-    console.print(table)
+    return table
 
 
 def _table(ordered: list[Trial], monitor: str, axes: Sequence[str], *, ruled: bool, merged: bool) -> "Table":

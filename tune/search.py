@@ -201,6 +201,7 @@ def _tune(search: Search, ledger: Ledger, task: Any, desk: Any, at_once: int) ->
     from ray import tune
     from ray.exceptions import RayError
 
+    from tune.board import Board
     from tune.driver import Listener, Source, scheduler
     from tune.spacefile import space_of
     from tune.trial import run_trial
@@ -217,8 +218,8 @@ def _tune(search: Search, ledger: Ledger, task: Any, desk: Any, at_once: int) ->
     alone = {"CPU": settings.cpus} | ({"GPU": settings.gpus} if settings.gpus else {})
     # The leader of several workers computes nothing, but a bundle of nothing is none to Ray.
     needs = alone if settings.workers == 1 else {"CPU": 0, "memory": 2**20}
-    table = sys.stdout.isatty()
-    listener = Listener(ledger, config, settings, desk, settings.trials, (lambda line: None) if table else say)
+    board = Board(ledger.trials, config.train.monitor, list(search.space))
+    listener = Listener(ledger, config, settings, desk, settings.trials, board.tell)
     tuner = tune.Tuner(
         tune.with_resources(partial(run_trial, task=task), needs),
         tune_config=tune.TuneConfig(
@@ -233,11 +234,12 @@ def _tune(search: Search, ledger: Ledger, task: Any, desk: Any, at_once: int) ->
             storage_path=str(task.scratch),
             failure_config=tune.FailureConfig(max_failures=settings.retries),
             callbacks=[listener],
-            verbose=1 if table else 0,
+            verbose=0,
         ),
     )
     try:
-        tuner.fit()
+        with board:
+            tuner.fit()
     except (RayError, tune.TuneError) as error:
         told = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()[:300]
         raise UserError(f"Ray has ended the search: {told}", f"{again(search.folder)} goes on") from None
