@@ -113,12 +113,14 @@ ORDER = (
     "tune.settings",
     "tune.space",
     "tune.spacefile",
+    "tune.group",
     "tune.trial",
     "tune.cluster",
     "tune.driver",
     "tune.pictures",
     "tune.report",
     "tune.board",
+    "tune.asked",
     "tune.search",
 )
 

@@ -1,10 +1,13 @@
 """Ray itself: started here on loopback, or joined; what its nodes must have; the data, decoded once on each."""
 
+import logging
 import os
 import socket
+import sys
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,7 @@ QUIET = {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_TRAIN_V2_ENABLED": "1",
     "RAY_AIR_NEW_OUTPUT": "0",  # the older output can be told to be silent
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",  # a trial without GPUs sees none
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # Ctrl-C is ours: it leaves a search that can go on
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",  # a trial may fail before its first epoch
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
@@ -35,27 +38,31 @@ def connected(address: str, cpus: int | None) -> Iterator[None]:
     """Ray, from here to the end of the `with`.
 
     Args:
-        address: of a cluster to join; empty: $RAY_ADDRESS, and without it a cluster of this machine alone, of
-            which every process listens on loopback only, and which ends with this process, however that ends.
+        address: of a cluster to join; empty: a cluster of this machine alone, of which every process listens on
+            loopback only, and which ends with this process, however that ends.
         cpus: how many cores such a cluster says it has; None: those of the machine.
 
     Raises:
         UserError: there is no cluster at the address.
     """
     os.environ.update(QUIET)
-    address = address or os.environ.get("RAY_ADDRESS", "")
     if not address or address.startswith(("127.", "localhost:")):
         # Read by Ray at its import: nodes are addressed as 127.0.0.1, which is what Ray then binds to; else Ray
         # puts another address of this machine in its place.
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
     if not address:
+        if sys.platform == "linux":
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # between the ranks of a trial
         # Ray would end all of its processes when others have filled the memory; the kernel ends the largest one.
         os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
+        os.environ.setdefault("RAY_worker_niceness", "0")  # a trial is as important as a training; Ray says 15
     import ray
 
+    # What Ray prints of dead workers is long, and the ledger has it.
+    logging.getLogger("ray").setLevel(logging.CRITICAL)
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
     if not address:
-        cores = cpus or len(os.sched_getaffinity(0))
+        cores = cpus or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
         options |= {"num_cpus": cores, "include_dashboard": False, "object_store_memory": STORE_BYTES}
     try:
         if ":" in address:  # Ray itself would try for minutes
@@ -75,26 +82,40 @@ def connected(address: str, cpus: int | None) -> Iterator[None]:
         ray.shutdown()
 
 
+def with_gpus(settings: Settings, device: str) -> Settings:
+    """The settings with their GPUs: where nothing is asked for, one for each worker, if Ray has that many."""
+    import ray
+
+    if settings.gpus is not None:
+        return settings
+    enough = ray.cluster_resources().get("GPU", 0) >= settings.workers and device != "cpu"
+    return replace(settings, gpus=float(settings.workers if enough else 0))
+
+
 def require_resources(settings: Settings, concurrent: int | None) -> int:
-    """How many trials fit at once.
+    """How many trials fit at once; a worker has all of its resources on one node.
 
     Raises:
         UserError: not one does.
     """
     import ray
 
-    have = ray.cluster_resources()
-    cpus, gpus = have.get("CPU", 0), have.get("GPU", 0)
-    need = settings.workers * settings.cpus
-    if need > cpus:
+    share = (settings.gpus or 0) / settings.workers
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    # 1e-9: ten shares of 0.1 are one GPU.
+    places = [
+        min(int(node.get("CPU", 0) // settings.cpus), int(node.get("GPU", 0) / share + 1e-9) if share else 10**6)
+        for node in nodes
+    ]
+    fit = sum(places) // settings.workers
+    if not fit:
+        have = "; ".join(f"{node.get('CPU', 0):g} cores and {node.get('GPU', 0):g} GPUs" for node in nodes)
+        workers = f"{settings.workers} workers with " if settings.workers > 1 else ""
         raise UserError(
-            f"a trial needs {need} cores ({settings.workers} workers with {settings.cpus}), Ray has {cpus:g}",
-            f"--cpus {need} lets it have more than there are; or fewer --workers-per-trial or --cpus-per-worker",
+            f"a trial needs {workers}{settings.cpus} cores and {share:g} GPUs{' each' * bool(workers)}; Ray has {have}",
+            "fewer --workers-per-trial, --cpus-per-worker or --gpus-per-trial; --cpus N lets Ray count on more cores",
         )
-    if settings.gpus > gpus:
-        raise UserError(f"a trial needs {settings.gpus:g} GPUs, Ray has {gpus:g}", "a smaller --gpus-per-trial")
-    fit = int(cpus // need) if not settings.gpus else min(int(cpus // need), int(gpus / settings.gpus + 1e-9))
-    return max(1, min(fit, concurrent or fit))
+    return min(fit, concurrent or fit)
 
 
 def open_desk() -> Any:
@@ -116,7 +137,12 @@ def prepare_nodes(task: Task) -> list[str]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     token = task.folder / f".seen-{uuid.uuid4().hex}"
-    token.touch()
+    try:
+        token.touch()
+    except OSError as error:
+        raise UserError(
+            f"cannot write into {task.folder}: {error.strerror}", "free some space, or --dir FOLDER"
+        ) from None
     look = ray.remote(num_cpus=0, max_retries=0)(prepare)
     nodes = [node for node in ray.nodes() if node["Alive"]]
     try:

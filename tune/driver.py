@@ -6,6 +6,7 @@ ledger's, and an interrupted one is a new experiment of Ray with what the ledger
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,6 +42,7 @@ class Source(Searcher):  # type: ignore[misc]
         self._grid = space.grid(settings.seed) if settings.searcher == "grid" else []
         self._tpe: Any = _tpe(space, config, settings, known) if settings.searcher == "tpe" else None
         self._asked: set[str] = set()
+        self._went_on: dict[str, dict[str, Any]] = {}
 
     @property
     def left(self) -> int:
@@ -52,6 +54,7 @@ class Source(Searcher):  # type: ignore[misc]
         """What Ray passes to the trial: its id in the ledger, and its values."""
         if self._waiting:
             trial = self._waiting.pop(0)
+            self._went_on[trial_id] = trial.values
             return {"trial": trial.id, "values": trial.values}
         if not self.left:
             return Searcher.FINISHED
@@ -68,6 +71,9 @@ class Source(Searcher):  # type: ignore[misc]
         """Tell Optuna; one without a score has failed."""
         if trial_id in self._asked:
             self._tpe.on_trial_complete(trial_id, result, error or SCORE not in (result or {}))
+        elif self._tpe is not None and trial_id in self._went_on and SCORE in (result or {}):
+            assert result is not None
+            _learn(self._tpe, self._space, self._went_on[trial_id], result[SCORE])
 
     def _drawn(self, trial_id: str) -> dict[str, Any]:
         if self._tpe is not None:
@@ -112,16 +118,18 @@ def _tpe(space: Space, config: Config, settings: Settings, known: list[Trial]) -
     for trial in known:
         best = trial.best(config.train.monitor)
         if best is not None and trial.status != "running":
-            found.add_evaluated_point(_numbered(space, trial.values), best["val"][config.train.monitor])
+            _learn(found, space, trial.values, best["val"][config.train.monitor])
     return found
 
 
-def _numbered(space: Space, values: dict[str, Any]) -> dict[str, Any]:
-    """Values as Optuna knows them: a choice by its number."""
-    return {
-        axis.name: axis.choices.index(values[axis.name]) if axis.kind == "choice" else values[axis.name]
-        for axis in space.axes
-    }
+def _learn(tpe: Any, space: Space, values: dict[str, Any], score: float) -> None:
+    """Tell Optuna of a trial that it has not asked for; not of one outside a space that was changed by hand."""
+    with suppress(KeyError, ValueError):
+        numbered = {
+            axis.name: axis.choices.index(values[axis.name]) if axis.kind == "choice" else values[axis.name]
+            for axis in space.axes
+        }
+        tpe.add_evaluated_point(numbered, score)
 
 
 class _Asking:

@@ -34,7 +34,7 @@ class Trial:
         values: dotted name of a setting -> the value that it was given.
         records: a line of metrics.jsonl for each of its epochs.
         reason: why it failed or was stopped; empty otherwise.
-        seconds: from its first start to its end, over all starts of the search; 0 while it runs [s].
+        seconds: from its start to its end, in the start of the search that has ended it; 0 while it runs [s].
     """
 
     id: str
@@ -82,13 +82,18 @@ class Ledger:
 
     def give(self, values: dict[str, Any]) -> str:
         """Note a new trial with its values, on the disk; returns its id."""
-        name = f"{max((int(name) for name in self._entries()), default=0) + 1:03d}"
+        used = [*self._entries(), *self.runs()]  # a run folder is never given to another trial
+        name = f"{max(map(int, used), default=0) + 1:03d}"
         self._append({"trial": name, "values": values})
         return name
 
     def end(self, name: str, status: Status, reason: str, seconds: float) -> None:
         """Note how a trial has ended; a second end replaces the first."""
         self._append({"trial": name, "status": status, "reason": reason, "seconds": round(seconds, 2)})
+
+    def runs(self) -> list[str]:
+        """The run folders that are there, whether the ledger knows of them or not."""
+        return sorted(path.name for path in (self.folder / RUNS).glob("*") if path.name.isdecimal())
 
     def trials(self) -> list[Trial]:
         """All trials in the order of their start, with what they have left so far."""
@@ -108,7 +113,7 @@ class Ledger:
                 found[name] = {"values": line["values"]}
             elif name in found and line.get("status") in get_args(Status):
                 found[name].update(
-                    status=line["status"], reason=str(line.get("reason", "")), seconds=float(line.get("seconds", 0))
+                    status=line["status"], reason=str(line.get("reason") or ""), seconds=float(line.get("seconds") or 0)
                 )
         return found
 
@@ -140,8 +145,8 @@ class Ledger:
 
 def records_in(run: Path) -> list[dict[str, Any]]:
     """The epochs that a run folder tells of, the newest line of each."""
-    lines = _lines(run / "metrics.jsonl")
-    return list({line["epoch"]: line for line in lines if "epoch" in line and "val" in line}.values())
+    lines = (line for line in _lines(run / "metrics.jsonl") if "epoch" in line and isinstance(line.get("val"), dict))
+    return list({line["epoch"]: line for line in lines}.values())
 
 
 def _lines(path: Path) -> Iterator[dict[str, Any]]:

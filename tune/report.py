@@ -73,11 +73,12 @@ def write_report(
         folder / "results.json", lambda file: file.write((json.dumps(results, indent=1, default=str) + "\n").encode())
     )
     files = [folder / "results.csv", folder / "results.json"]
+    (folder / "best.yaml").unlink(missing_ok=True)  # an earlier report's may be of another trial
     if best is not None and (best.folder / "config.yaml").is_file():
         text = _best_yaml(folder, best, config).encode()
         write_atomically(folder / "best.yaml", lambda file: file.write(text))
         files.append(folder / "best.yaml")
-    if best is not None and _share(best.folder / "best.pth", folder / "best.pth"):
+    if _share(best.folder / "best.pth" if best and _is_of(best, monitor) else None, folder / "best.pth"):
         files.append(folder / "best.pth")
     count = f"{len(trials)} trial{'s' * (len(trials) != 1)}, {results['epochs_trained']} epochs"
     search_picture(trials, axes, monitor, folder / "search.png", f"{folder}: {count}")
@@ -255,14 +256,26 @@ def _best_yaml(folder: Path, best: Trial, base: Config) -> str:
     return "".join(f"# {printable(line)}\n" for line in lines) + config.override(own).to_yaml()
 
 
-def _share(source: Path, target: Path) -> bool:
+def _is_of(best: Trial, monitor: str) -> bool:
+    """Whether the trial's best.pth is of its best epoch; one that was killed may have told of an epoch before it saved.
+
+    The trainer writes report.json after best.pth.
+    """
+    record = best.best(monitor)
+    try:
+        return record is not None and json.loads((best.folder / "report.json").read_text())["epoch"] == record["epoch"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def _share(source: Path | None, target: Path) -> bool:
     """Let `target` be the same file as `source`, or a copy where there are no hard links; False: there is no source.
 
     The trainer replaces its files and never writes into them, so that neither name can spoil the other.
     """
     from fer_dist.engine.checkpoint import sync_folder, write_atomically
 
-    if not source.is_file():
+    if source is None or not source.is_file():
         target.unlink(missing_ok=True)  # an earlier report's, of another trial
         return False
     temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")

@@ -3,48 +3,24 @@
 Without arguments: a small search on the embedded drawn faces.
 """
 
-import shlex
-import shutil
+import os
 import signal
 import sys
-import time
-from argparse import SUPPRESS, Namespace
+from argparse import Namespace
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import FrameType
 from typing import Any, NoReturn
 
-from fer_dist.commandline import Parser, parse, run
-from fer_dist.config import Config
+from fer_dist.commandline import run
 from fer_dist.errors import Stopped, UserError, printable
+from tune.asked import PROG, Search, again, new, parser, resumed
 from tune.ledger import Ledger
-from tune.settings import FILE, SCHEDULERS, SEARCHERS, Settings, read, to_yaml
-
-PROG = "python -m tune.search"
-RECIPE = "search"
-ABOUT = f"""\
-Searches settings with Ray Tune: each trial is a training as `python -m fer_dist.train` does it, with other values.
-Without --space: the learning rate, the global batch size and the depth of freezing, around those of the recipe.
-
-Settings of the training are given as there: --config NAME_OR_PATH (default: {RECIPE}), --data PATH,
---train.epochs 10, ...; `python -m fer_dist.train --help` lists them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Search:
-    """A search with its folder, ready to run.
-
-    Attributes:
-        space: the tree of search.yaml; `tune.spacefile` reads it.
-    """
-
-    folder: Path
-    settings: Settings
-    config: Config
-    space: dict[str, Any]
+from tune.settings import FILE
 
 
 def main() -> None:
@@ -53,124 +29,47 @@ def main() -> None:
 
 
 def _main(argv: Sequence[str]) -> None:
-    given, rest = _parser().parse_known_args(argv)
-    search = _resumed(given, rest) if given.resume else _new(given, rest)
-    ledger = Ledger(search.folder)
-    with ledger.hold():
-        try:
-            _run(search, ledger, given)
-        except KeyboardInterrupt:
-            _report(search, ledger, shown=False)
-            ended = sum(trial.status != "running" for trial in ledger.trials())
-            raise Stopped(
-                f"{ended} of {search.settings.trials} trials have ended, the others keep what they have\n"
-                f"  -> {again(search.folder)} goes on"
-            ) from None
-    _report(search, ledger, shown=True)
-
-
-def _parser() -> Parser:
-    parser = Parser(PROG, ABOUT)
-    default = Settings()
-    add = parser.add_argument
-    add("--space", metavar="FILE", type=Path, help="YAML: dotted setting -> {log_uniform: [1.0e-5, 1.0e-2]}, "
-        "{uniform: [LOW, HIGH]}, {integer: [LOW, HIGH]}, {choice: [A, B]} or [A, B]")  # fmt: skip
-    add("--trials", metavar="N", type=int, default=SUPPRESS, help=f"default: {default.trials}; grid: all")
-    add("--searcher", default=SUPPRESS, help=f"{', '.join(SEARCHERS)}; default: {default.searcher}")
-    add("--scheduler", default=SUPPRESS, help=f"{', '.join(SCHEDULERS)}; default: {default.scheduler}")
-    add("--search-seed", metavar="N", dest="seed", type=int, default=SUPPRESS, help="of the searcher; default: 0")
-    add("--grace", metavar="N", type=int, default=SUPPRESS, help="epochs that every trial may train; default: 1")
-    add("--reduction", metavar="N", type=int, default=SUPPRESS, help="asha lets one in so many go on; default: 3")
-    add("--workers-per-trial", metavar="N", dest="workers", type=int, default=SUPPRESS, help="DDP; default: 1")
-    add("--cpus-per-worker", metavar="N", dest="cpus", type=int, default=SUPPRESS, help="default: 1")
-    add("--gpus-per-trial", metavar="F", dest="gpus", type=float, default=SUPPRESS, help="also a fraction; default: 0")
-    add("--retries", metavar="N", type=int, default=SUPPRESS, help="after a process of a trial died; default: 2")
-    add("--name", help="of the folder of the search; default: the architecture and the time")
-    add("--dir", type=Path, default=Path("tune_runs"), help="that holds the folders; default: tune_runs")
-    add("--resume", action="store_true", help="go on with --name, or else with the newest search")
-    add("--concurrent", metavar="N", type=int, help="trials at once, at most; default: as many as fit")
-    add("--address", default="", help="of a Ray cluster to join; default: $RAY_ADDRESS, else this machine alone")
-    add("--cpus", metavar="N", dest="cores", type=int, help="cores that Ray counts on here; default: all")
-    return parser
-
-
-def _new(given: Namespace, rest: Sequence[str]) -> Search:
-    """A search from the command line, checked, with its folder made.
-
-    Raises:
-        UserError: settings or space are wrong; the folder exists or cannot be made.
-    """
-    from tune.spacefile import default_space, read_space
-
-    settings = Settings(**_asked(given))
-    config = _anywhere(parse(rest, prog=PROG, about=ABOUT, recipe=RECIPE))
-    space = (
-        default_space(config, settings.workers)
-        if given.space is None
-        else read_space(given.space, config, settings.workers)
-    )
-    if settings.searcher == "grid":
-        count = len(space.grid(settings.seed))
-        settings = replace(settings, trials=min(count, getattr(given, "trials", count)))
-    name = given.name or f"{config.model.arch.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
-    if "/" in name or name in ("", ".", ".."):
-        raise UserError(f"--name is {printable(name)!r}, expected the name of a folder", "--dir FOLDER --name NAME")
-    folder = given.dir.absolute() / name
-    text = to_yaml(settings, config, space.to_dict())
-    _make(folder, text, given.dir / name)
-    return Search(folder=folder, settings=settings, config=config, space=space.to_dict())
-
-
-def _anywhere(config: Config) -> Config:
-    """With whole paths: Ray runs a trial in a folder of its own."""
-    paths = ("data.path", "data.ferplus", "data.cache_dir", "model.weights")
-    tree = config.to_dict()
-    given = {name: tree[name.split(".")[0]][name.split(".")[1]] for name in paths}
-    return config.override({name: str(Path(value).absolute()) for name, value in given.items() if value})
-
-
-def _make(folder: Path, text: str, shown: Path) -> None:
-    from fer_dist.engine.checkpoint import write_atomically
-
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        used = any(folder.iterdir())
-    except OSError as error:
-        raise UserError(
-            f"cannot make the folder {shown}: {error.strerror}", "--dir FOLDER, or another --name"
-        ) from None
-    if used:
-        raise UserError(f"the folder {shown} is in use", f"{again(folder)} goes on; or another --name")
-    write_atomically(folder / FILE, lambda file: file.write(text.encode()))
+        given, rest = parser().parse_known_args(argv)
+        search = resumed(given, rest) if given.resume else new(given, rest)
+        ledger = Ledger(search.folder)
+        with ledger.hold():
+            try:
+                _search(search, ledger, given)
+            finally:
+                _leave_nothing(ledger)
+            _report(search, ledger, shown=True)
+    except KeyboardInterrupt:
+        raise Stopped(f"before it had begun, or when it was over\n  -> {PROG} --resume tells") from None
 
 
-def _resumed(given: Namespace, rest: Sequence[str]) -> Search:
-    """The search of a folder, as it was asked for when it began; more --trials may be asked for.
+def _search(search: Search, ledger: Ledger, given: Namespace) -> None:
+    """Run trials until there are enough.
 
     Raises:
-        UserError: there is none, or other settings are given.
+        UserError: the cluster, the nodes or the data will not do.
+        Stopped: Ctrl-C or SIGTERM, after the first trial has begun.
     """
-    asked = {name: value for name, value in _asked(given).items() if name != "trials"}
-    others = [*rest, *asked, *(["--space"] if given.space else [])]
-    if others:
-        raise UserError(
-            f"{printable(' '.join(map(str, others)))}: a search goes on with the settings that it began with",
-            "leave these out (--trials, --concurrent, --address and --cpus may change), or begin one without --resume",
-        )
-    if given.name is None:
-        found = sorted(given.dir.glob(f"*/{FILE}"), key=lambda path: path.stat().st_mtime)
-        if not found:
-            raise UserError(f"there is no search in {given.dir}", "--dir FOLDER, or leave --resume out")
-        folder = found[-1].parent.absolute()
-    else:
-        folder = given.dir.absolute() / given.name
-    settings, config, space = read(folder)
-    settings = replace(settings, trials=getattr(given, "trials", settings.trials))
-    return Search(folder=folder, settings=settings, config=config, space=space)
+    try:
+        _run(search, ledger, given)
+    except KeyboardInterrupt:
+        trials = ledger.trials()
+        if not trials:
+            raise
+        _report(search, ledger, shown=False)
+        ended, total = sum(trial.status != "running" for trial in trials), max(search.settings.trials, len(trials))
+        raise Stopped(
+            f"{ended} of {total} trials have ended, the others keep what they have\n  -> {again(search.folder)} goes on"
+        ) from None
 
 
-def _asked(given: Namespace) -> dict[str, Any]:
-    return {name: value for name, value in vars(given).items() if name in Settings.__dataclass_fields__}
+def _leave_nothing(ledger: Ledger) -> None:
+    """Remove the folder of a search that has failed before its first trial: the same line can be typed again."""
+    if not ledger.trials() and not ledger.runs():
+        for path in (ledger.path, ledger.folder / FILE):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            ledger.folder.rmdir()
 
 
 def _run(search: Search, ledger: Ledger, given: Namespace) -> None:
@@ -180,20 +79,28 @@ def _run(search: Search, ledger: Ledger, given: Namespace) -> None:
         UserError: the cluster, the nodes or the data will not do.
         KeyboardInterrupt: Ctrl-C, or a SIGTERM.
     """
-    from tune.cluster import connected, open_desk, prepare_nodes, require_resources
+    from tune.cluster import connected, open_desk, prepare_nodes, require_resources, with_gpus
     from tune.trial import Task
 
-    scratch = search.folder / ".ray"
-    shutil.rmtree(scratch, ignore_errors=True)
-    task = Task(folder=search.folder, scratch=scratch, config=search.config, settings=search.settings)
-    try:
-        with connected(given.address, given.cores), _interruptible():
-            at_once = require_resources(search.settings, given.concurrent)
-            for line in prepare_nodes(task):
-                say(line)
-            _tune(search, ledger, task, open_desk(), at_once)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    address = given.address or os.environ.get("RAY_ADDRESS", "")
+    address = "" if address == "local" else address  # Ray's word for a cluster of its own
+    # Ray's own files: nothing that is wanted later, but all nodes of a cluster must see them.
+    with (
+        TemporaryDirectory(
+            prefix=".ray-" if address else "fer_dist-", dir=search.folder if address else None
+        ) as scratch,
+        _interruptible(),
+        connected(address, given.cores),
+        _interruptible(),  # Ray has taken SIGTERM for itself
+    ):
+        settings = with_gpus(search.settings, search.config.train.device)
+        at_once = require_resources(settings, given.concurrent)
+        task = Task(
+            folder=search.folder, scratch=Path(scratch), config=search.config, settings=settings, alone=not address
+        )
+        for line in prepare_nodes(task):
+            say(line)
+        _tune(search, ledger, task, open_desk(), at_once)
 
 
 def _tune(search: Search, ledger: Ledger, task: Any, desk: Any, at_once: int) -> None:
@@ -206,7 +113,7 @@ def _tune(search: Search, ledger: Ledger, task: Any, desk: Any, at_once: int) ->
     from tune.spacefile import space_of
     from tune.trial import run_trial
 
-    settings, config = search.settings, search.config
+    settings, config = task.settings, search.config
     space = space_of(search.space, config, settings.workers, str(search.folder / FILE))
     source = Source(ledger, config, space, settings)
     if not source.left:
@@ -219,7 +126,8 @@ def _tune(search: Search, ledger: Ledger, task: Any, desk: Any, at_once: int) ->
     # The leader of several workers computes nothing, but a bundle of nothing is none to Ray.
     needs = alone if settings.workers == 1 else {"CPU": 0, "memory": 2**20}
     board = Board(ledger.trials, config.train.monitor, list(search.space))
-    listener = Listener(ledger, config, settings, desk, settings.trials, board.tell)
+    total = max(settings.trials, len(ledger.trials()))
+    listener = Listener(ledger, config, settings, desk, total, board.tell)
     tuner = tune.Tuner(
         tune.with_resources(partial(run_trial, task=task), needs),
         tune_config=tune.TuneConfig(
@@ -243,11 +151,14 @@ def _tune(search: Search, ledger: Ledger, task: Any, desk: Any, at_once: int) ->
     except (RayError, tune.TuneError) as error:
         told = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()[:300]
         raise UserError(f"Ray has ended the search: {told}", f"{again(search.folder)} goes on") from None
+    except OSError as error:
+        told = error.strerror or str(error)
+        raise UserError(f"Ray cannot write: {told}", f"free some space; {again(search.folder)} goes on") from None
 
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """SIGTERM does what Ctrl-C does, also after Ray has taken it for itself."""
+    """SIGTERM does what Ctrl-C does."""
 
     def stop(number: int, frame: FrameType | None) -> NoReturn:
         raise KeyboardInterrupt
@@ -273,13 +184,11 @@ def _report(search: Search, ledger: Ledger, *, shown: bool) -> None:
         return
     show(trials, monitor, list(search.space), search.folder)
     if trials and not any(trial.records for trial in trials):
-        raise UserError(f"no trial has finished an epoch; the first: {trials[0].reason}", "put that right first")
-
-
-def again(folder: Path) -> str:
-    """What to type to go on with a search."""
-    where = "" if folder.parent == Path("tune_runs").absolute() else f" --dir {shlex.quote(str(folder.parent))}"
-    return f"{PROG}{where} --name {shlex.quote(folder.name)} --resume"
+        told = trials[0].reason or "its run folder is gone"
+        raise UserError(f"no trial has finished an epoch; the first: {told}", "put that right first")
+    failed = sum(trial.status == "failed" for trial in trials)
+    if failed:
+        say(f"{failed} have failed; {again(search.folder)} --retry-failed gives them another try")
 
 
 def say(line: str) -> None:

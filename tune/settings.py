@@ -14,6 +14,7 @@ Scheduler = Literal["asha", "none"]
 SEARCHERS: tuple[Searcher, ...] = get_args(Searcher)
 SCHEDULERS: tuple[Scheduler, ...] = get_args(Scheduler)
 FILE = "search.yaml"
+MOST = 999_999
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,7 +29,8 @@ class Settings:
         grace: epochs that every trial may train.
         workers: processes that train one trial together.
         cpus: cores of each of them, which are its threads, too.
-        gpus: of a trial, shared by its workers; a fraction where several trials share one.
+        gpus: of a trial, shared by its workers; a fraction where several trials share one. None: one a worker, where
+            there are so many.
         retries: how often a trial goes on after one of its processes has died.
     """
 
@@ -40,21 +42,25 @@ class Settings:
     reduction: int = 3
     workers: int = 1
     cpus: int = 1
-    gpus: float = 0.0
+    gpus: float | None = None
     retries: int = 2
 
     def __post_init__(self) -> None:
-        bounds = {"trials": 1, "seed": 0, "grace": 1, "reduction": 2, "workers": 1, "cpus": 1, "gpus": 0, "retries": 0}
-        for name, least in bounds.items():
+        least = {"trials": 1, "seed": 0, "grace": 1, "reduction": 2, "workers": 1, "cpus": 1, "retries": 0}
+        for name, low in least.items():
             value = getattr(self, name)
-            if not least <= value < 1e6:
-                raise UserError(f"{name} is {value}, expected {least} or more", f"--{flag(name)} {max(least, 1)}")
+            if type(value) is not int or not low <= value <= MOST:
+                raise UserError(
+                    f"{name} is {value!r}, expected a whole number {low}..{MOST}", f"--{flag(name)} {max(low, 1)}"
+                )
+        if self.gpus is not None and (type(self.gpus) not in (int, float) or not 0 <= self.gpus <= MOST):
+            raise UserError(f"gpus is {self.gpus!r}, expected a number 0..{MOST}", "--gpus-per-trial 1")
         for name, known in (("searcher", SEARCHERS), ("scheduler", SCHEDULERS)):
             if getattr(self, name) not in known:
                 raise UserError(
                     f"{name} is {getattr(self, name)!r}, expected {', '.join(known)}", f"--{name} {known[0]}"
                 )
-        share = self.gpus / self.workers
+        share = (self.gpus or 0) / self.workers
         if self.workers > 1 and share != int(share):
             raise UserError(
                 f"{self.workers} workers share {self.gpus:g} GPUs: {share:g} each; NCCL needs whole ones",
@@ -96,7 +102,7 @@ def read(folder: Path) -> tuple[Settings, Config, dict[str, Any]]:
         raise UserError(
             f"{folder} holds no search: there is no {FILE}", "--name of one, or leave --resume out"
         ) from None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError, UserError) as error:
         raise UserError(
             f"{path} cannot be read: {' '.join(str(error).split())}", "put it back, or begin anew"
         ) from None

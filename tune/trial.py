@@ -30,12 +30,14 @@ class Task:
     Attributes:
         folder: of the search, the same on every node.
         scratch: what Ray Train writes, of no use to anybody later.
+        alone: Ray runs on this machine alone.
     """
 
     folder: Path
     scratch: Path
     config: Config
     settings: Settings
+    alone: bool = False
 
     def config_of(self, name: str, values: dict[str, Any]) -> Config:
         """The whole Config of a trial."""
@@ -49,12 +51,14 @@ class Desk:
     def __init__(self) -> None:
         self._stops: dict[tuple[str, int], bool] = {}
         self._failures: dict[str, str] = {}
+        self._last_words: dict[str, str] = {}
         self._news = asyncio.Condition()
 
     async def decide(self, name: str, epoch: int, stop: bool) -> None:
         """Say whether a trial is to stop after an epoch."""
         async with self._news:
-            self._stops[name, epoch] = stop
+            # A trial that dies before it has stopped tells the epoch again; ASHA decides once.
+            self._stops[name, epoch] = stop or self._stops.get((name, epoch), False)
             self._news.notify_all()
 
     async def stops(self, name: str, epoch: int) -> bool:
@@ -66,6 +70,14 @@ class Desk:
     async def fail(self, name: str, reason: str) -> None:
         """Say why a trial ends without a model."""
         self._failures[name] = reason
+
+    async def note(self, name: str, words: str) -> None:
+        """Keep what a rank says before it ends: it may go on after that, or not."""
+        self._last_words[name] = words
+
+    async def noted(self, name: str) -> str:
+        """The newest of these words; empty: there are none."""
+        return self._last_words.get(name, "")
 
     async def failure(self, name: str) -> str:
         """That reason; empty: it has not failed."""
@@ -88,12 +100,16 @@ def run_trial(given: dict[str, Any], task: Task) -> None:
 
 def lead(name: str, config: Config, task: Task) -> None:
     """Train one trial as DDP through Ray Train, which makes the process group that World attaches to."""
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
     from ray.train.torch import TorchConfig, TorchTrainer
     from ray.tune.integration.ray_train import TuneReportCallback
 
+    from tune.group import OnDisk
+
     settings = task.settings
-    gpus = int(settings.gpus / settings.workers)
+    backend = "cpu:gloo,cuda:nccl" if settings.gpus else "gloo"
+    gpus = int((settings.gpus or 0) / settings.workers)
     trainer = TorchTrainer(
         partial(work_together, name=name, config=config, task=task),
         scaling_config=ScalingConfig(
@@ -101,7 +117,7 @@ def lead(name: str, config: Config, task: Task) -> None:
             use_gpu=gpus > 0,
             resources_per_worker={"CPU": settings.cpus} | ({"GPU": gpus} if gpus else {}),
         ),
-        torch_config=TorchConfig(backend="cpu:gloo,cuda:nccl" if gpus else "gloo"),
+        torch_config=OnDisk(backend=backend, folder=str(task.scratch)) if task.alone else TorchConfig(backend=backend),
         run_config=RunConfig(
             # A new one each time: what Ray Train would find of an earlier start is not needed to go on.
             name=f"{name}-{os.urandom(4).hex()}",
@@ -110,7 +126,12 @@ def lead(name: str, config: Config, task: Task) -> None:
             failure_config=FailureConfig(max_failures=settings.retries),
         ),
     )
-    trainer.fit()
+    try:
+        trainer.fit()
+    except TrainingFailedError:
+        desk, times = ray.get_actor(DESK), settings.retries + 1
+        words = ray.get(desk.noted.remote(name)) or f"its ranks have died {times} time{'s' * (times > 1)}"
+        ray.get(desk.fail.remote(name, words))
 
 
 def work_together(name: str, config: Config, task: Task) -> None:
@@ -133,13 +154,16 @@ def work(name: str, config: Config, task: Task, report: Callable[[dict[str, Any]
         _train(name, config, task, report, desk)
     except RankLost:  # Ray starts the group again
         raise
-    except UserError as error:
+    except UserError as error:  # of all ranks alike
         ray.get(desk.fail.remote(name, error.problem))
     except Exception as error:  # out of memory, or a mistake of ours: it must not end the search
-        folder = task.folder / RUNS / name
+        words, folder = f"{type(error).__name__}: {error}", task.folder / RUNS / name
         if folder.is_dir():
             (folder / "error.txt").write_text(traceback.format_exc())
-        ray.get(desk.fail.remote(name, f"{type(error).__name__}: {error}"))
+        if task.settings.workers > 1:  # the other ranks wait for this one: it must be seen to end
+            ray.get(desk.note.remote(name, words))
+            raise
+        ray.get(desk.fail.remote(name, words))
 
 
 def _train(name: str, config: Config, task: Task, report: Callable[[dict[str, Any]], object], desk: Any) -> None:
@@ -162,6 +186,7 @@ def _train(name: str, config: Config, task: Task, report: Callable[[dict[str, An
         return stop
 
     torch.set_num_threads(task.settings.cpus)
-    for record in records_in(task.folder / RUNS / name)[:-1]:  # of earlier starts; the newest may come again
+    past = records_in(task.folder / RUNS / name)  # of earlier starts; the newest may come again
+    for record in past if len(past) >= config.train.epochs else past[:-1]:
         tell(record["epoch"], record["val"])
     fit(config, on_epoch=on_epoch)

@@ -1,5 +1,7 @@
 """What Ray Tune asks, without a cluster: values, decisions, ends of trials."""
 
+import asyncio
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +22,7 @@ from tune.driver import Listener, Source, scheduler
 from tune.ledger import Ledger, Trial
 from tune.settings import Searcher, Settings
 from tune.spacefile import space_of
-from tune.trial import Task, work
+from tune.trial import Desk, Task, work
 
 CONFIG = load_config("search", {"train.epochs": 9})
 TREE = {"optim.lr": {"log_uniform": [1e-4, 1e-2]}, "optim.name": ["adam", "sgd"], "model.freeze_depth": [0, 1, 2]}
@@ -43,6 +45,8 @@ class FakeDesk:
         self.failed: dict[str, str] = {}
         self.stop_after = 99
         self.decide = Call(lambda *words: self.decided.append(words))
+        self.noted: dict[str, str] = {}
+        self.note = Call(lambda name, words: self.noted.update({name: words}))
         self.fail = Call(lambda name, reason: self.failed.update({name: reason}))
         self.failure = Call(lambda name: self.failed.get(name, ""))
         self.stops = Call(lambda name, epoch: epoch >= self.stop_after)
@@ -231,6 +235,44 @@ def test_a_failure_is_told_and_not_raised(
     text = tmp_path / "trials" / "001" / "error.txt"
     assert text.exists() == (not isinstance(error, UserError))
     assert not text.exists() or type(error).__name__ in text.read_text()
+
+
+def test_one_of_several_ranks_fails_aloud(desk: FakeDesk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others wait for it: it must be seen to end. What it said is the reason if the group is given up."""
+
+    def fit(config: Config, on_epoch: Any) -> None:
+        raise MemoryError("no memory")
+
+    monkeypatch.setattr(trainer, "fit", fit)
+    one = replace(task(tmp_path), settings=Settings(workers=2))
+    with pytest.raises(MemoryError):
+        work("001", CONFIG, one, lambda told: None)
+    assert (desk.failed, desk.noted) == ({}, {"001": "MemoryError: no memory"})
+
+
+def test_a_stop_is_kept() -> None:
+    """A trial that dies before it has stopped tells its epoch again, and ASHA does not decide a second time."""
+
+    async def story() -> list[bool]:
+        real = Desk()
+        await real.decide("001", 1, False)
+        await real.decide("001", 2, True)
+        await real.decide("001", 2, False)
+        return [await real.stops("001", 1), await real.stops("001", 2)]
+
+    assert asyncio.run(story()) == [False, True]
+
+
+def test_a_space_that_was_changed_by_hand(tmp_path: Path) -> None:
+    """TPE leaves out what it cannot place."""
+    ledger = Ledger(tmp_path)
+    for values in ({"optim.lr": 0.5, "optim.name": "adam"}, {"optim.lr": 0.001, "optim.name": "adamw"}, {}):
+        name = ledger.give(values)
+        (tmp_path / "trials" / name).mkdir(parents=True)
+        line = '{"epoch": 1, "val": {"accuracy": 0.5, "loss": 1, "macro_f1": 1}}\n{"epoch": 2, "val": null}\n'
+        (tmp_path / "trials" / name / "metrics.jsonl").write_text(line)
+        ledger.end(name, "finished", "", 1)
+    assert len(drain(source(tmp_path, "tpe", 6))) == 3
 
 
 def test_a_lost_rank_is_ray_s_to_replace(desk: FakeDesk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
-from tests.tune.rig import Search
+from tests.conftest import ROOT
+from tests.tune.rig import LOOPBACK, Search
 from tune.ledger import Ledger, Trial, records_in
+from tune.settings import read
 
 FOUR = ("--trials", "4", "--searcher", "random", "--scheduler", "none", "--name", "one", "--cpus", "2")
 LONG = ("--data.embedded_train", "700", "--train.epochs", "4")
@@ -93,6 +95,7 @@ def test_ctrl_c_in_a_terminal_reaches_every_process(start: Any, tmp_path: Path, 
     again = start("--resume", "--trials", "5")
     assert again.wait() == 0, again.printed
     assert outcome(trials(tmp_path))[:4] == unbroken
+    assert read(tmp_path / "tune_runs" / "one")[0].trials == 5, "and are kept"
     assert [trial.id for trial in trials(tmp_path)][4:] == ["005"], "more trials may be asked for"
 
 
@@ -139,6 +142,7 @@ def test_a_rank_and_a_leader_die(start: Any, tmp_path: Path) -> None:
     search.until(
         lambda lines: all(any(f"trial 00{i} epoch 2/4" in line for line in lines) for i in (1, 2)), "both trials"
     )
+    assert search.addresses() <= LOOPBACK, "the ranks of a trial, too"
     ranks = search.named("ray::RayTrainWorker")
     assert len(ranks) == 4, search.processes()
     os.kill(ranks[0], signal.SIGKILL)
@@ -152,6 +156,38 @@ def test_a_rank_and_a_leader_die(start: Any, tmp_path: Path) -> None:
     again = start(*FOUR[2:], *LONG, "--trials", "2", *TOGETHER)
     assert again.wait() == 0, again.printed
     assert outcome(trials(tmp_path)) == broken
+
+
+BOOM = """\
+import builtins, sys
+real = builtins.__import__
+def spy(name, *rest, **more):
+    found = real(name, *rest, **more)
+    trainer = sys.modules.get("fer_dist.engine.trainer")
+    if name == "fer_dist.engine.trainer" and not hasattr(trainer, "calm"):
+        trainer.calm = trainer.run_epoch
+        def run_epoch(run, state):
+            if run.world.rank == 1 and state.epoch == 1 and run.config.optim.lr < 0.01:
+                raise MemoryError("boom on rank 1")
+            return trainer.calm(run, state)
+        trainer.run_epoch = run_epoch
+    return found
+builtins.__import__ = spy
+"""
+
+
+def test_one_rank_of_a_trial_fails(start: Any, tmp_path: Path) -> None:
+    """The other one waits for it; the trial ends all the same, with what that rank said, and the next is trained."""
+    (tmp_path / "hook").mkdir()
+    (tmp_path / "hook" / "sitecustomize.py").write_text(BOOM)
+    (tmp_path / "space.yaml").write_text("optim.lr: [3.0e-3, 2.0e-2]\n")
+    words = ("--space", "space.yaml", "--searcher", "grid", "--scheduler", "none", "--name", "one", "--retries", "0")
+    path = f"{tmp_path / 'hook'}:{ROOT}"
+    search = start(*words, "--workers-per-trial", "2", "--cpus", "4", PYTHONPATH=path)
+    assert search.wait() == 0, search.printed
+    found = {trial.values["optim.lr"]: trial for trial in trials(tmp_path)}
+    assert (found[0.003].status, found[0.003].reason) == ("failed", "MemoryError: boom on rank 1")
+    assert found[0.02].status == "finished", search.printed
 
 
 def test_a_trial_of_two_ranks_is_stopped_by_the_scheduler(start: Any, tmp_path: Path) -> None:

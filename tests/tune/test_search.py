@@ -17,8 +17,10 @@ from fer_dist.engine.trainer import fit
 from fer_dist.errors import UserError
 from tests.conftest import ROOT
 from tests.tune.rig import LOOPBACK, SPACE, TINY, Search
+from tune.asked import new, parser, resumed
 from tune.ledger import Ledger, Trial, records_in
 from tune.search import _main
+from tune.settings import Settings, to_yaml
 from tune.space import value_of
 
 
@@ -162,7 +164,11 @@ def test_grid_tries_every_combination_once(tmp_path: Path) -> None:
         (["--resume"], "there is no search in"),
         (["--resume", "--name", "gone"], "holds no search"),
         (["--cpus-per-worker", "9", "--cpus", "2"], "a trial needs 9 cores"),
-        (["--gpus-per-trial", "64"], "a trial needs 64 GPUs"),
+        (["--gpus-per-trial", "64"], "and 64 GPUs"),
+        (["--concurrent", "0"], "invalid count value: '0'"),
+        (["--cpus", "-2"], "expected"),
+        (["--name", "a\x1b[31m"], "expected a printable name"),
+        (["--run.name", "mine"], "run.name, run.dir and run.resume are the search's own"),
         (["--address", "127.0.0.1:1", "--name", "x"], "no Ray cluster answers"),
         (["--data", "nowhere.csv"], "nowhere.csv"),
     ],
@@ -182,6 +188,7 @@ def test_what_is_refused(words: list[str], told: str, tmp_path: Path, monkeypatc
     assert done.stderr.count("error: ") == 1
     assert "  -> " in done.stderr
     assert "Traceback" not in done.stderr
+    assert not list(tmp_path.glob("tune_runs/*")), "the same line, put right, can be typed again"
 
 
 def test_a_folder_is_never_used_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -210,6 +217,49 @@ def test_other_settings_are_refused_when_it_goes_on(tmp_path: Path, monkeypatch:
     for words in (["--optim.lr", "1"], ["--searcher", "random"], ["--space", "a.yaml"]):
         with pytest.raises(UserError, match="goes on with the settings"):
             _main(["--resume", *words])
+
+
+def kept(folder: Path, *lines: str) -> Path:
+    """A search that has been begun, and the lines of its ledger."""
+    found = folder / "tune_runs" / "one"
+    (found / "trials").mkdir(parents=True)
+    (found / "search.yaml").write_text(to_yaml(Settings(trials=3), Config(), {"optim.lr": [0.1, 0.2]}))
+    (found / "trials.jsonl").write_text("".join(f"{line}\n" for line in lines))
+    return found
+
+
+def test_what_is_asked_for_when_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """More trials are kept for the next time; failed ones get another try only if that is asked for."""
+    monkeypatch.chdir(tmp_path)
+    given = '{"trial": "001", "values": {"optim.lr": 0.1}}'
+    folder = kept(tmp_path, given, '{"trial": "001", "status": "failed", "reason": "disk full", "seconds": 1}')
+    resumed(*parser().parse_known_args(["--resume", "--trials", "7"]))
+    assert resumed(*parser().parse_known_args(["--resume"])).settings.trials == 7
+    assert [trial.status for trial in trials_of(folder)] == ["failed"]
+    resumed(*parser().parse_known_args(["--resume", "--retry-failed"]))
+    assert [(trial.status, trial.reason) for trial in trials_of(folder)] == [("running", "")]
+
+
+def test_run_folders_that_the_ledger_does_not_know(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was lost: its numbers must not be given again on top of them."""
+    monkeypatch.chdir(tmp_path)
+    folder = kept(tmp_path)
+    (folder / "trials" / "004").mkdir()
+    with pytest.raises(UserError, match="does not know of the run folders 004"):
+        _main(["--resume"])
+    assert Ledger(folder).give({"optim.lr": 0.1}) == "005"
+
+
+def test_paths_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray runs a trial in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    (tmp_path / "space.yaml").write_text("model.weights: [a.pth, ~/b.pth]\n")
+    words = ["--space", "space.yaml", "--data", "~/x.csv", "--data.cache_dir", "cache", "--name", "one"]
+    search = new(*parser().parse_known_args(words))
+    assert search.config.data.path == str(tmp_path / "home" / "x.csv")
+    assert search.config.data.cache_dir == str(tmp_path / "cache")
+    assert search.space == {"model.weights": {"choice": [str(tmp_path / "a.pth"), str(tmp_path / "home" / "b.pth")]}}
 
 
 # Without Ray
