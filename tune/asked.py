@@ -192,3 +192,9 @@ def again(folder: Path) -> str:
     """What to type to go on with a search."""
     where = "" if folder.parent == Path("tune_runs").absolute() else f" --dir {shlex.quote(str(folder.parent))}"
     return printable(f"{PROG}{where} --name {shlex.quote(folder.name)} --resume")
+
+
+def near(folder: Path) -> Path:
+    """A folder as a person would name it from here."""
+    here = Path.cwd()
+    return folder.relative_to(here) if folder.is_relative_to(here) else folder

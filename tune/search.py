@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 from fer_dist.commandline import run
 from fer_dist.errors import Stopped, UserError, printable
-from tune.asked import PROG, Search, again, new, parser, resumed
+from tune.asked import PROG, Search, again, near, new, parser, resumed
 from tune.ledger import Ledger
 from tune.settings import FILE
 
@@ -119,7 +119,7 @@ def _tune(search: Search, ledger: Ledger, task: Any, desk: Any, at_once: int) ->
     if not source.left:
         return
     say(
-        f"search {search.folder}: {source.left} trials, {at_once} at once, each {settings.workers} "
+        f"search {near(search.folder)}: {source.left} trials, {at_once} at once, each {settings.workers} "
         f"worker{'s' * (settings.workers > 1)}; {settings.searcher}, {settings.scheduler}"
     )
     alone = {"CPU": settings.cpus} | ({"GPU": settings.gpus} if settings.gpus else {})
@@ -182,7 +182,7 @@ def _report(search: Search, ledger: Ledger, *, shown: bool) -> None:
     write_report(search.folder, trials, search.config, list(search.space), asdict(search.settings))
     if not shown:
         return
-    show(trials, monitor, list(search.space), search.folder)
+    show(trials, monitor, list(search.space), near(search.folder))
     if trials and not any(trial.records for trial in trials):
         told = trials[0].reason or "its run folder is gone"
         raise UserError(f"no trial has finished an epoch; the first: {told}", "put that right first")
