@@ -12,6 +12,7 @@ from fer_dist.options import RECIPES, recipes
 from fer_dist.spec import IMAGENET_MEAN, IMAGENET_STD, LabelSet
 
 NAMED = ("demo", "patt_lite", "patt_lite_plus", "vit", "vit_mae")
+"""Those to train with; `search` is what a search without arguments begins with."""
 
 
 def header(name: str) -> dict[str, str]:
@@ -32,8 +33,8 @@ def values(config: Config, *names: str) -> list[Any]:
     return found
 
 
-def test_there_are_five() -> None:
-    assert recipes() == sorted(NAMED)
+def test_there_are_five_and_one_to_search_with() -> None:
+    assert recipes() == sorted((*NAMED, "search"))
 
 
 @pytest.mark.parametrize("name", NAMED)
@@ -66,6 +67,21 @@ def test_recipe_sets_what_is_not_the_default_only_where_it_matters(name: str) ->
     machine = ("run", "data.path", "data.cache_dir", "model.weights", "train.device", "train.micro_batch", "seed")
     assert values(config, *machine) == values(Config(), *machine)
     assert all(config.train.global_batch % ranks == 0 for ranks in (1, 2, 4, 8))
+
+
+def test_search_needs_nothing() -> None:
+    """It is small, and leaves the machine's own settings alone."""
+    said, config = header("search"), load_config("search")
+    assert list(said) == ["About", "Source", "Reported", "Command"]
+    assert re.search(r"\d+(\.\d+)?%", said["Reported"])
+    assert said["Command"] == "python -m tune.search"
+    machine = ("run", "data.path", "data.cache_dir", "model.weights", "train.device", "seed")
+    assert values(config, *machine) == values(Config(), *machine)
+    assert (config.model.arch, config.model.pretrained, config.model.freeze_depth) == ("patt_lite", False, 0)
+    assert (
+        config.train.epochs * config.data.embedded_train
+        < load_config("demo").train.epochs * Config().data.embedded_train
+    )
 
 
 def test_demo_needs_nothing() -> None:
