@@ -107,7 +107,9 @@ def new(given: Namespace, rest: Sequence[str]) -> Search:
     name = given.name or f"{config.model.arch.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
     if "/" in name or name in ("", ".", "..") or not f"{given.dir}/{name}".isprintable():
         told = printable(f"{given.dir}/{name}")
-        raise UserError(f"{told!r} is to hold the search, expected a printable name", "--dir FOLDER --name NAME")
+        raise UserError(
+            f"{told!r} is to hold the search, expected a printable name of a folder", "--dir FOLDER --name NAME"
+        )
     folder = given.dir.absolute() / name
     text = to_yaml(settings, config, space.to_dict())
     _make(folder, text, given.dir / name)

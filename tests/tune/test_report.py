@@ -58,6 +58,9 @@ class Search:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in epochs(*scores)))
         if scores:
             (folder / "best.pth").write_bytes(f"weights of {name}".encode())
+            order = sorted(epochs(*scores), key=lambda record: record["val"][self.config.train.monitor])
+            best = order[0] if self.config.train.monitor == "loss" else order[-1]
+            (folder / "report.json").write_text(json.dumps({"epoch": best["epoch"]}))
         if status != "running":
             self.ledger.end(name, status, reason, 7.5)
         return folder
@@ -240,6 +243,18 @@ def test_best_pth_is_the_same_file_or_a_copy(search: Search, monkeypatch: pytest
     assert not target.samefile(source)
     assert target.read_bytes() == b"weights of 002"
     assert "tmp" not in " ".join(left(search.folder))
+
+
+def test_a_best_pth_of_another_epoch_is_left_out(search: Search) -> None:
+    """A trial that was killed had told of its best epoch, but not saved it."""
+    search.report()
+    for content in ('{"epoch": 1}', "torn", '{"other": 2}', "[]"):
+        (search.folder / "trials" / "002" / "report.json").write_text(content)
+        report = search.report()
+        assert report.best is not None
+        assert report.best.id == "002"
+        assert "best.pth" not in [path.name for path in report.files]
+        assert not (search.folder / "best.pth").exists()
 
 
 def test_best_pth_follows_the_best(search: Search) -> None:
