@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from export.console import counting
 from fer_dist.config import Config
+from fer_dist.console import counting
 from fer_dist.data.cache import open_faces
 from fer_dist.data.faces import TRAIN, VAL, Faces
 from fer_dist.data.split import hold_out_validation, require_part, training_index

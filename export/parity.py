@@ -4,8 +4,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from export.console import add_data, say
+from export.console import add_data
 from fer_dist.commandline import Parser, run
+from fer_dist.console import say
 from fer_dist.errors import Rejected, printable
 
 PROG = "python -m export.parity"

@@ -3,11 +3,12 @@
 from pathlib import Path
 
 from export.answers import Pictures, ask_aloud, open_data
-from export.console import Wish, say
+from export.console import Wish
 from export.delivery import workshop
 from export.gate import tolerance_of
 from export.maker import FP16_SAMPLE, Builder, Maker, Reference
 from export.source import Source, open_source
+from fer_dist.console import say
 from fer_dist.errors import UserError
 from fer_dist.serve.artifact import Precision
 from fer_dist.serve.runner import open_runner

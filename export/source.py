@@ -7,7 +7,7 @@ from typing import Any
 import onnx
 
 from export.answers import data_settings
-from export.console import say
+from fer_dist.console import say
 from fer_dist.engine.checkpoint import Checkpoint, load
 from fer_dist.errors import UserError
 from fer_dist.serve.artifact import ExportedModel, Precision, file_sha256, read_sidecar, sidecar

@@ -4,8 +4,12 @@ import os
 import signal
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -44,6 +48,22 @@ def real_mobilenet() -> Path:
     """torchvision's ImageNet weights of MobileNetV2."""
     path = ROOT.parent / "shared" / "weights" / "mobilenet_v2-b0353104.pth"
     return _present(path, "torchvision's file goes there")
+
+
+@pytest.fixture
+def figures(monkeypatch: pytest.MonkeyPatch) -> "list[Figure]":
+    """Each matplotlib figure that is saved."""
+    from matplotlib.figure import Figure
+
+    saved: list[Figure] = []
+    save = Figure.savefig
+
+    def keep(figure: Figure, *arguments: Any, **keywords: Any) -> None:
+        saved.append(figure)
+        save(figure, *arguments, **keywords)
+
+    monkeypatch.setattr(Figure, "savefig", keep)
+    return saved
 
 
 def _present(path: Path, hint: str) -> Path:

@@ -13,6 +13,7 @@ from fer_dist.config import Config
 from fer_dist.errors import UserError, printable
 from tune.ledger import Ledger
 from tune.settings import FILE, SCHEDULERS, SEARCHERS, Settings, read, to_yaml
+from tune.space import Space
 
 PROG = "python -m tune.search"
 RECIPE = "search"
@@ -27,16 +28,12 @@ Settings of the training are given as there: --config NAME_OR_PATH (default: {RE
 
 @dataclass(frozen=True, kw_only=True)
 class Search:
-    """A search with its folder, ready to run.
-
-    Attributes:
-        space: the tree of search.yaml; `tune.spacefile` reads it.
-    """
+    """A search with its folder, ready to run."""
 
     folder: Path
     settings: Settings
     config: Config
-    space: dict[str, Any]
+    space: Space
 
 
 def parser() -> Parser:
@@ -44,8 +41,10 @@ def parser() -> Parser:
     made = Parser(PROG, ABOUT)
     default = Settings()
     add = made.add_argument
-    add("--space", metavar="FILE", type=Path, help="YAML: dotted setting -> {log_uniform: [1.0e-5, 1.0e-2]}, "
-        "{uniform: [LOW, HIGH]}, {integer: [LOW, HIGH]}, {choice: [A, B]} or [A, B]")  # fmt: skip
+    kinds = (
+        "{log_uniform: [1.0e-5, 1.0e-2]}, {uniform: [LOW, HIGH]}, {integer: [LOW, HIGH]}, {choice: [A, B]} or [A, B]"
+    )
+    add("--space", metavar="FILE", type=Path, help=f"YAML: dotted setting -> {kinds}")
     add("--trials", metavar="N", type=int, default=SUPPRESS, help=f"default: {default.trials}; grid: all")
     add("--searcher", default=SUPPRESS, help=f"{', '.join(SEARCHERS)}; default: {default.searcher}")
     add("--scheduler", default=SUPPRESS, help=f"{', '.join(SCHEDULERS)}; default: {default.scheduler}")
@@ -54,33 +53,24 @@ def parser() -> Parser:
     add("--reduction", metavar="N", type=int, default=SUPPRESS, help="asha lets one in so many go on; default: 3")
     add("--workers-per-trial", metavar="N", dest="workers", type=int, default=SUPPRESS, help="DDP; default: 1")
     add("--cpus-per-worker", metavar="N", dest="cpus", type=int, default=SUPPRESS, help="default: 1")
-    add(
-        "--gpus-per-trial",
-        metavar="F",
-        dest="gpus",
-        type=float,
-        default=SUPPRESS,
-        help="also a fraction; default: one a worker",
-    )
+    gpus = "also a fraction; default: one a worker"
+    add("--gpus-per-trial", metavar="F", dest="gpus", type=float, default=SUPPRESS, help=gpus)
     add("--retries", metavar="N", type=int, default=SUPPRESS, help="after a process of a trial died; default: 2")
     add("--name", help="of the folder of the search; default: the architecture and the time")
     add("--dir", type=Path, default=Path("tune_runs"), help="that holds the folders; default: tune_runs")
     add("--resume", action="store_true", help="go on with --name, or else with the newest search")
     add("--retry-failed", action="store_true", help="with --resume: trials that have failed go on, too")
-    add("--concurrent", metavar="N", type=_count, help="trials at once, at most; default: as many as fit")
+    add("--concurrent", metavar="N", type=count, help="trials at once, at most; default: as many as fit")
     add("--address", default="", help="of a Ray cluster to join; default: $RAY_ADDRESS, else this machine alone")
-    add("--cpus", metavar="N", dest="cores", type=_count, help="cores that Ray counts on here; default: all")
+    add("--cpus", metavar="N", dest="cores", type=count, help="cores that Ray counts on here; default: all")
     return made
 
 
-def _count(text: str) -> int:
-    """A number of things, for argparse."""
+def count(text: str) -> int:
+    """A number of things, for argparse, which calls what it refuses by the name of this function."""
     if not text.isascii() or not text.isdecimal() or not 0 < int(text) < 10**6:
         raise ValueError
     return int(text)
-
-
-_count.__name__ = "count"  # argparse names it: "invalid count value"
 
 
 def new(given: Namespace, rest: Sequence[str]) -> Search:
@@ -102,8 +92,8 @@ def new(given: Namespace, rest: Sequence[str]) -> Search:
     )
     space = replace(space, axes=tuple(replace(axis, choices=_whole(axis.name, axis.choices)) for axis in space.axes))
     if settings.searcher == "grid":
-        count = len(space.grid(settings.seed))
-        settings = replace(settings, trials=min(count, getattr(given, "trials", count)))
+        every = len(space.grid(settings.seed))
+        settings = replace(settings, trials=min(every, getattr(given, "trials", every)))
     name = given.name or f"{config.model.arch.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
     if "/" in name or name in ("", ".", "..") or not f"{given.dir}/{name}".isprintable():
         told = printable(f"{given.dir}/{name}")
@@ -111,9 +101,8 @@ def new(given: Namespace, rest: Sequence[str]) -> Search:
             f"{told!r} is to hold the search, expected a printable name of a folder", "--dir FOLDER --name NAME"
         )
     folder = given.dir.absolute() / name
-    text = to_yaml(settings, config, space.to_dict())
-    _make(folder, text, given.dir / name)
-    return Search(folder=folder, settings=settings, config=config, space=space.to_dict())
+    _make(folder, to_yaml(settings, config, space.to_dict()), given.dir / name)
+    return Search(folder=folder, settings=settings, config=config, space=space)
 
 
 def _anywhere(config: Config) -> Config:
@@ -152,6 +141,7 @@ def resumed(given: Namespace, rest: Sequence[str]) -> Search:
         UserError: there is none, or other settings are given.
     """
     from fer_dist.engine.checkpoint import write_atomically
+    from tune.spacefile import space_of
 
     asked = {name: value for name, value in _asked(given).items() if name != "trials"}
     others = [*rest, *asked, *(["--space"] if given.space else [])]
@@ -167,7 +157,8 @@ def resumed(given: Namespace, rest: Sequence[str]) -> Search:
         folder = found[-1].parent.absolute()
     else:
         folder = given.dir.absolute() / given.name
-    settings, config, space = read(folder)
+    settings, config, tree = read(folder)
+    space = space_of(tree, config, settings.workers, str(folder / FILE))
     ledger = Ledger(folder)
     unknown = set(ledger.runs()) - {trial.id for trial in ledger.trials()}
     if unknown:
@@ -177,7 +168,7 @@ def resumed(given: Namespace, rest: Sequence[str]) -> Search:
         )
     if hasattr(given, "trials"):
         settings = replace(settings, trials=given.trials)
-        text = to_yaml(settings, config, space)
+        text = to_yaml(settings, config, tree)
         write_atomically(folder / FILE, lambda file: file.write(text.encode()))
     if given.retry_failed:
         for trial in ledger.trials():

@@ -7,6 +7,7 @@ from typing import Any, Self
 
 from fer_dist.errors import printable
 from tune.ledger import Trial, ranked
+from tune.table import fitting_table
 
 ROOM = 8
 """Lines of a terminal that the table leaves free."""
@@ -47,8 +48,6 @@ class Board:
     def _drawn(self, line: str) -> Any:
         """The trials that run and the best of the others, as many as there is room for."""
         from rich.console import Group
-
-        from tune.report import fitting_table
 
         console, trials = self._live.console, self._trials()
         rows = max(3, console.height - ROOM)

@@ -27,8 +27,6 @@ QUIET = {
 }
 STORE_BYTES = 128 * 2**20
 """Ray's object store: nothing large goes through it; by default it is 30% of the memory."""
-
-
 ANSWER_S = 10.0
 """How long a cluster may take to answer."""
 
@@ -45,17 +43,7 @@ def connected(address: str, cpus: int | None) -> Iterator[None]:
     Raises:
         UserError: there is no cluster at the address.
     """
-    os.environ.update(QUIET)
-    if not address or address.startswith(("127.", "localhost:")):
-        # Read by Ray at its import: nodes are addressed as 127.0.0.1, which is what Ray then binds to; else Ray
-        # puts another address of this machine in its place.
-        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
-    if not address:
-        if sys.platform == "linux":
-            os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # between the ranks of a trial
-        # Ray would end all of its processes when others have filled the memory; the kernel ends the largest one.
-        os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
-        os.environ.setdefault("RAY_worker_niceness", "0")  # a trial is as important as a training; Ray says 15
+    _environment(address)
     import ray
 
     # What Ray prints of dead workers is long, and the ledger has it.
@@ -80,6 +68,21 @@ def connected(address: str, cpus: int | None) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _environment(address: str) -> None:
+    """What Ray reads at its import, and hands on to its processes."""
+    os.environ.update(QUIET)
+    if not address or address.startswith(("127.", "localhost:")):
+        # Nodes are addressed as 127.0.0.1, which is what Ray then binds to; else Ray
+        # puts another address of this machine in its place.
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
+    if not address:
+        if sys.platform == "linux":
+            os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # between the ranks of a trial
+        # Ray would end all of its processes when others have filled the memory; the kernel ends the largest one.
+        os.environ.setdefault("RAY_memory_monitor_refresh_ms", "0")
+        os.environ.setdefault("RAY_worker_niceness", "0")  # a trial is as important as a training; Ray says 15
 
 
 def with_gpus(settings: Settings, device: str) -> Settings:
@@ -121,10 +124,15 @@ def require_resources(settings: Settings, concurrent: int | None) -> int:
 def open_desk() -> Any:
     """The actor between the search and its trials, on the node of the search; it ends with it."""
     import ray
+
+    here = _only_on(ray.get_runtime_context().get_node_id())
+    return ray.remote(Desk).options(name=DESK, num_cpus=0, max_concurrency=1000, scheduling_strategy=here).remote()
+
+
+def _only_on(node: str) -> Any:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    return ray.remote(Desk).options(name=DESK, num_cpus=0, max_concurrency=1000, scheduling_strategy=here).remote()
+    return NodeAffinitySchedulingStrategy(node, soft=False)
 
 
 def prepare_nodes(task: Task) -> list[str]:
@@ -134,7 +142,6 @@ def prepare_nodes(task: Task) -> list[str]:
         UserError: a node does not see the folder of the search, or cannot read the data.
     """
     import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     token = task.folder / f".seen-{uuid.uuid4().hex}"
     try:
@@ -146,12 +153,7 @@ def prepare_nodes(task: Task) -> list[str]:
     look = ray.remote(num_cpus=0, max_retries=0)(prepare)
     nodes = [node for node in ray.nodes() if node["Alive"]]
     try:
-        asked = [
-            look.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)).remote(
-                task, token
-            )
-            for node in nodes
-        ]
+        asked = [look.options(scheduling_strategy=_only_on(node["NodeID"])).remote(task, token) for node in nodes]
         told = []
         for node, answer in zip(nodes, asked, strict=True):
             name = node["NodeManagerHostname"]

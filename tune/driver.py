@@ -6,7 +6,6 @@ ledger's, and an interrupted one is a new experiment of Ray with what the ledger
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,33 +15,27 @@ from ray.tune.schedulers import AsyncHyperBandScheduler, FIFOScheduler, TrialSch
 from ray.tune.search import Searcher
 
 from fer_dist.config import Config
-from fer_dist.errors import UserError, printable
-from tune.ledger import Ledger, Status, Trial, ranked
+from fer_dist.errors import printable
+from tune.ledger import RUNS, Ledger, Status, Trial, best_of, ranked, records_in
 from tune.settings import Settings
-from tune.space import Axis, Space, value_of
-
-CLOCK, SCORE = "epoch", "score"
-"""What a trial reports: whole epochs, and the best value of `train.monitor` so far."""
-
-
-def mode(config: Config) -> str:
-    """Ray's word for which scores are better."""
-    return "min" if config.train.monitor == "loss" else "max"
+from tune.space import Space, value_of
+from tune.tpe import Tpe
+from tune.trial import CLOCK, SCORE
+from tune.words import number, spelt
 
 
 class Source(Searcher):  # type: ignore[misc]
     """Hands out the trials that an earlier start has left unfinished, then new ones, each noted in the ledger."""
 
     def __init__(self, ledger: Ledger, config: Config, space: Space, settings: Settings) -> None:
-        super().__init__(metric=SCORE, mode=mode(config))
+        super().__init__(metric=SCORE, mode=best_of(config.train.monitor).__name__)
         known = ledger.trials()
         self._ledger, self._config, self._space, self._settings = ledger, config, space, settings
         self._waiting = [trial for trial in known if trial.status == "running"]
         self._given = len(known)
         self._grid = space.grid(settings.seed) if settings.searcher == "grid" else []
-        self._tpe: Any = _tpe(space, config, settings, known) if settings.searcher == "tpe" else None
-        self._asked: set[str] = set()
-        self._went_on: dict[str, dict[str, Any]] = {}
+        self._tpe = Tpe(space, config, settings, known) if settings.searcher == "tpe" else None
+        self._values: dict[str, dict[str, Any]] = {}
 
     @property
     def left(self) -> int:
@@ -54,82 +47,34 @@ class Source(Searcher):  # type: ignore[misc]
         """What Ray passes to the trial: its id in the ledger, and its values."""
         if self._waiting:
             trial = self._waiting.pop(0)
-            self._went_on[trial_id] = trial.values
-            return {"trial": trial.id, "values": trial.values}
-        if not self.left:
+            name, values = trial.id, trial.values
+        elif self.left:
+            values = self._config_values(self._drawn(trial_id))
+            self._given += 1
+            name = self._ledger.give(values)
+        else:
             return Searcher.FINISHED
-        values = self._config_values(self._drawn(trial_id))
-        self._given += 1
-        return {"trial": self._ledger.give(values), "values": values}
+        self._values[trial_id] = values
+        return {"trial": name, "values": values}
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
         """Tell Optuna."""
-        if trial_id in self._asked and SCORE in result:
-            self._tpe.on_trial_result(trial_id, result)
+        if self._tpe is not None:
+            self._tpe.hears(trial_id, result)
 
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
-        """Tell Optuna; one without a score has failed."""
-        if trial_id in self._asked:
-            self._tpe.on_trial_complete(trial_id, result, error or SCORE not in (result or {}))
-        elif self._tpe is not None and trial_id in self._went_on and SCORE in (result or {}):
-            assert result is not None
-            _learn(self._tpe, self._space, self._went_on[trial_id], result[SCORE])
+        """Tell Optuna."""
+        if self._tpe is not None:
+            self._tpe.ends(trial_id, self._values[trial_id], result or {}, error)
 
     def _drawn(self, trial_id: str) -> dict[str, Any]:
         if self._tpe is not None:
-            self._asked.add(trial_id)
-            found = self._tpe.suggest(trial_id)
-            return {
-                axis.name: axis.choices[found[axis.name]] if axis.kind == "choice" else found[axis.name]
-                for axis in self._space.axes
-            }
+            return self._tpe.draw(trial_id)
         return self._grid[self._given] if self._grid else self._space.sample(self._settings.seed, self._given)
 
     def _config_values(self, values: dict[str, Any]) -> dict[str, Any]:
         """The values as the Config of the trial will hold them: none may be dropped or changed on the way."""
         return {name: value_of(self._config.override(values), name) for name in values}
-
-
-def _tpe(space: Space, config: Config, settings: Settings, known: list[Trial]) -> Any:
-    """Optuna's TPE through Ray's integration, told of what an earlier start has found."""
-    try:
-        from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-        from optuna.logging import WARNING, set_verbosity
-        from optuna.samplers import TPESampler
-        from ray.tune.search.optuna import OptunaSearch
-    except ImportError as error:
-        raise UserError(f"the searcher tpe needs the package optuna: {error}", "pip install optuna") from None
-
-    def distribution(axis: Axis) -> Any:
-        if axis.kind == "choice":  # by number: Optuna's own choices are texts and numbers only
-            return CategoricalDistribution(range(len(axis.choices)))
-        assert axis.low is not None
-        assert axis.high is not None
-        if axis.kind == "integer":
-            return IntDistribution(int(axis.low), int(axis.high))
-        return FloatDistribution(axis.low, axis.high, log=axis.kind == "log_uniform")
-
-    set_verbosity(WARNING)
-    # Going on with the seed of the start would draw the first trials once more.
-    sampler = TPESampler(seed=settings.seed + len(known))
-    found = OptunaSearch(
-        {axis.name: distribution(axis) for axis in space.axes}, metric=SCORE, mode=mode(config), sampler=sampler
-    )
-    for trial in known:
-        best = trial.best(config.train.monitor)
-        if best is not None and trial.status != "running":
-            _learn(found, space, trial.values, best["val"][config.train.monitor])
-    return found
-
-
-def _learn(tpe: Any, space: Space, values: dict[str, Any], score: float) -> None:
-    """Tell Optuna of a trial that it has not asked for; not of one outside a space that was changed by hand."""
-    with suppress(KeyError, ValueError):
-        numbered = {
-            axis.name: axis.choices.index(values[axis.name]) if axis.kind == "choice" else values[axis.name]
-            for axis in space.axes
-        }
-        tpe.add_evaluated_point(numbered, score)
 
 
 class _Asking:
@@ -161,7 +106,7 @@ def scheduler(settings: Settings, config: Config, known: list[Trial], desk: Any)
         found = Asha(
             time_attr=CLOCK,
             metric=SCORE,
-            mode=mode(config),
+            mode=best_of(config.train.monitor).__name__,
             max_t=config.train.epochs,
             grace_period=min(settings.grace, config.train.epochs),
             reduction_factor=settings.reduction,
@@ -169,7 +114,7 @@ def scheduler(settings: Settings, config: Config, known: list[Trial], desk: Any)
         )
     found.desk = desk
     if settings.scheduler == "asha":
-        better: Callable[..., float] = min if config.train.monitor == "loss" else max
+        better = best_of(config.train.monitor)
         for trial in (trial for trial in known if trial.status != "running"):
             past = SimpleNamespace(trial_id=f"ended {trial.id}")
             found.on_trial_add(None, past)
@@ -202,9 +147,7 @@ class Listener(Callback):  # type: ignore[misc]
         """A trial has reported an epoch."""
         monitor = self._config.train.monitor
         epoch, epochs = result[CLOCK], self._config.train.epochs
-        self._say(
-            f"trial {trial.config['trial']} epoch {epoch}/{epochs}: {monitor} {percent(monitor, result[monitor])}"
-        )
+        self._say(f"trial {trial.config['trial']} epoch {epoch}/{epochs}: {monitor} {number(monitor, result[monitor])}")
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """A trial has ended by itself."""
@@ -219,8 +162,7 @@ class Listener(Callback):  # type: ignore[misc]
 
     def _ends(self, trial: Any, failure: str) -> None:
         name = trial.config["trial"]
-        found = next(one for one in self._ledger.trials() if one.id == name)
-        done, epochs = len(found.records), self._config.train.epochs
+        done, epochs = len(records_in(self._ledger.folder / RUNS / name)), self._config.train.epochs
         status: Status = "failed" if failure else "finished" if done >= epochs else "stopped"
         reason = failure if failure else "" if status == "finished" else f"after epoch {done} of {epochs}"
         self._ledger.end(name, status, reason, time.monotonic() - self._began.get(name, time.monotonic()))
@@ -229,16 +171,10 @@ class Listener(Callback):  # type: ignore[misc]
         line = f"trial {name} {status}{': ' * bool(reason)}{reason}; {ended} of {self._total} trials have ended"
         for first in ranked(known, monitor)[:1]:
             best = first.best(monitor)
-            line += f", the best is {first.id} with {percent(monitor, best['val'][monitor])}" if best else ""
+            line += f", the best is {first.id} with {number(monitor, best['val'][monitor])}" if best else ""
         self._say(line)
 
 
 def shown(values: dict[str, Any]) -> str:
     """Values of a trial for people."""
-    texts = (f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items())
-    return printable(", ".join(texts))
-
-
-def percent(monitor: str, value: float) -> str:
-    """A score for people."""
-    return f"{value:.4f}" if monitor == "loss" else f"{100 * value:.2f}%"
+    return printable(", ".join(f"{name} {spelt(value, 3)}" for name, value in values.items()))

@@ -11,7 +11,7 @@ is lost, and none is there twice. Ray's own state of an experiment is not kept: 
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,6 +23,11 @@ Status = Literal["running", "finished", "stopped", "failed"]
 """running: it has no end yet; stopped: by the scheduler, or by early stopping of its own; failed: see its reason."""
 
 TRIALS, RUNS = "trials.jsonl", "trials"
+
+
+def best_of(monitor: str) -> Callable[..., Any]:
+    """What picks the better ones of scores of `train.monitor`: `min` or `max`."""
+    return min if monitor == "loss" else max
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,15 +52,16 @@ class Trial:
 
     def best(self, monitor: str) -> dict[str, Any] | None:
         """The record of its best epoch by `train.monitor`, the first of equals; None: it has finished no epoch."""
-        sign = -1 if monitor == "loss" else 1
-        return max(self.records, key=lambda record: sign * record["val"][monitor], default=None)
+        found: dict[str, Any] | None
+        found = best_of(monitor)(self.records, key=lambda record: record["val"][monitor], default=None)
+        return found
 
 
 def ranked(trials: list[Trial], monitor: str) -> list[Trial]:
     """The trials with an epoch, the best first; of equals, the one that was given first."""
-    sign = 1 if monitor == "loss" else -1
     scored = [(trial, best) for trial in trials if (best := trial.best(monitor)) is not None]
-    return [trial for trial, best in sorted(scored, key=lambda one: sign * one[1]["val"][monitor])]
+    # Equals keep their order in reverse, too.
+    return [trial for trial, best in sorted(scored, key=lambda one: one[1]["val"][monitor], reverse=monitor != "loss")]
 
 
 class Ledger:

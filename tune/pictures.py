@@ -7,7 +7,6 @@ same `Scale`, so that a setting looks alike in both.
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,15 +20,15 @@ from matplotlib.ticker import MaxNLocator
 from fer_dist.config import Config
 from fer_dist.engine.checkpoint import write_atomically
 from fer_dist.engine.plots import INK, ORANGE
-from fer_dist.errors import printable
 from fer_dist.options import walk
 from tune.ledger import Status, Trial, ranked
+from tune.scale import Scale, legible
+from tune.words import SCORES, scored
 
 MOST = 12
 """So many settings are drawn."""
 
 WIDTH, DPI = 14.5, 110
-SCORES = {"accuracy": "accuracy", "macro_f1": "macro-F1", "loss": "loss"}
 STATUS: dict[Status, tuple[str, str]] = {
     "finished": ("o", "finished"),
     "stopped": ("X", "stopped early"),
@@ -37,58 +36,6 @@ STATUS: dict[Status, tuple[str, str]] = {
     "failed": ("s", "failed"),
 }
 """Marker and words of each status."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scale:
-    """Where the values of a setting lie on an axis from 0 to 1.
-
-    Attributes:
-        places: of each value, in their order.
-        ticks: place and label of what is written beside the axis.
-        kind: how the axis is divided; category: one place for each different value.
-    """
-
-    places: list[float]
-    ticks: list[tuple[float, str]]
-    kind: str
-
-    @classmethod
-    def of(cls, values: Sequence[Any], *, log: bool = True) -> "Scale":
-        """The scale that suits values: categories unless all are numbers; log over more than a factor of 20.
-
-        Args:
-            log: whether it may be a log scale.
-        """
-        if not all(isinstance(value, int | float) and not isinstance(value, bool) for value in values):
-            return cls._of_categories(values)
-        low, high = min(values), max(values)
-        if low == high:
-            return cls(places=[0.5] * len(values), ticks=[(0.5, spelt(low))], kind="linear")
-        log = log and low > 0 and high > 20 * low
-        warp = math.log10 if log else float
-        bottom, span = warp(low), warp(high) - warp(low)
-
-        def place(value: float) -> float:
-            return (warp(value) - bottom) / span
-
-        different = sorted(set(values))
-        near = min(place(b) - place(a) for a, b in pairwise(different))
-        marks = different if len(different) <= 6 and near > 0.05 else _marks(low, high, log, set(map(type, values)))
-        labels = _different(marks)
-        ticks = [(place(mark), label) for mark, label in zip(marks, labels, strict=True)]
-        return cls(places=[place(value) for value in values], ticks=ticks, kind="log" if log else "linear")
-
-    @classmethod
-    def _of_categories(cls, values: Sequence[Any]) -> "Scale":
-        def order(value: Any) -> tuple[int, float, str]:
-            number = isinstance(value, int | float)
-            return (0 if value is None else 1 if number else 2, value if number else 0, str(value))
-
-        names = list(dict.fromkeys(spelt(value) for value in sorted(values, key=order)))
-        place = {name: (i + 0.5) / len(names) for i, name in enumerate(names)}
-        ticks = [(place[name], legible(name, 16)) for name in names[:: math.ceil(len(names) / 10)]]
-        return cls(places=[place[spelt(value)] for value in values], ticks=ticks, kind="category")
 
 
 def search_picture(trials: list[Trial], axes: Sequence[str], monitor: str, path: Path, title: str) -> None:
@@ -119,53 +66,6 @@ def search_picture(trials: list[Trial], axes: Sequence[str], monitor: str, path:
         _panels(parts[1], shown, drawn, monitor, rows)
         _curves(parts[2], shown, monitor)
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi="figure"))
-
-
-def spelt(value: Any, digits: int = 4) -> str:
-    """A value as one types it, fractions shortened to so many digits."""
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        return re.sub(r"e([+-])0*", lambda found: "e" + found[1].strip("+"), f"{value:.{digits}g}")
-    return str(value)
-
-
-def number(monitor: str, score: float) -> str:
-    """`93.21%`; of a loss `0.2310`."""
-    return f"{score:.4f}" if monitor == "loss" else f"{100 * score:.2f}%"
-
-
-def scored(monitor: str, score: float) -> str:
-    """`accuracy 93.21%`, `loss 0.2310`."""
-    return f"{SCORES[monitor]} {number(monitor, score)}"
-
-
-def legible(text: str, most: int) -> str:
-    """A text that matplotlib's own font has all signs of and that is no formula to it, its middle cut out."""
-    text = "".join(sign if ord(sign) < 0x250 else "?" for sign in printable(text))
-    if len(text) > most:
-        text = f"{text[: most // 2]}…{text[len(text) - (most - 1) // 2 :]}"
-    return text.replace("$", r"\$")
-
-
-def _marks(low: float, high: float, log: bool, kinds: set[type]) -> list[float]:
-    """Round numbers from `low` to `high`."""
-    if not log:
-        found = MaxNLocator(5, integer=kinds == {int}, steps=[1, 2, 5, 10]).tick_values(low, high)
-        return [float(mark) for mark in found if low <= mark <= high] or [low, high]
-    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for digits in ((1, 2, 5), (1, 3), (1,)):
-        marks = [float(f"{digit}e{decade}") for decade in decades for digit in digits]
-        marks = [mark for mark in marks if low <= mark <= high]
-        if len(marks) <= 6:
-            return marks
-    return marks[:: math.ceil(len(marks) / 6)]
-
-
-def _different(marks: list[float]) -> list[str]:
-    """Labels with as many digits as it takes to tell them apart."""
-    labels = ([spelt(float(mark), digits) for mark in marks] for digits in range(3, 18))
-    return next((found for found in labels if len(set(found)) == len(marks)), [str(mark) for mark in marks])
 
 
 def _name(trial: Trial) -> str:

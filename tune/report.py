@@ -7,29 +7,19 @@ import math
 import os
 import shlex
 import shutil
-import sys
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from io import BufferedRandom
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from fer_dist.config import Config, RunConfig, load_config
+from fer_dist.console import say
 from fer_dist.errors import printable
 from tune.ledger import Trial, ranked
-
-if TYPE_CHECKING:
-    from rich.console import Console
-    from rich.table import Table
-
-REASON = 80
-"""So much of a reason stands in the table on the terminal [signs]."""
-LEAST_REASON = 24
-"""To so little it is folded on a narrow terminal [signs]."""
-WIDE = 10_000
-"""Wider than any table."""
-SCORES = ("accuracy", "macro_f1", "loss")
+from tune.table import print_table
+from tune.words import SCORES, scored
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,85 +77,20 @@ def write_report(
 
 def show(trials: list[Trial], monitor: str, axes: Sequence[str], folder: Path) -> None:
     """Print the trials, the best first, and what `write_report` has left in the search's folder."""
-    from tune.pictures import scored
-
-    _print_table(trials, monitor, axes)
+    print_table(trials, monitor, axes)
     order = ranked(trials, monitor)
     left = {name: folder / name for name in ("best.pth", "best.yaml", "search.png") if (folder / name).is_file()}
     if not order:
-        _say(f"best: none, since no trial has finished an epoch; {_quoted(folder / 'results.csv')} has the reasons")
+        say(f"best: none, since no trial has finished an epoch; {_quoted(folder / 'results.csv')} has the reasons")
         return
     record = order[0].best(monitor)
     assert record is not None
     where = f": {_quoted(left['best.pth'])}" if "best.pth" in left else ""
-    _say(f"best: trial {order[0].id}, {scored(monitor, record['val'][monitor])} in epoch {record['epoch']}{where}")
+    say(f"best: trial {order[0].id}, {scored(monitor, record['val'][monitor])} in epoch {record['epoch']}{where}")
     if "best.yaml" in left:
-        _say(f"repeat it, or train it for longer: {_command(left['best.yaml'])}")
+        say(f"repeat it, or train it for longer: {_command(left['best.yaml'])}")
     if "search.png" in left:
-        _say(f"picture: {_quoted(left['search.png'])}")
-
-
-def _print_table(trials: list[Trial], monitor: str, axes: Sequence[str]) -> None:
-    from rich.console import Console
-
-    # Where there is no terminal, there is no width to fit into.
-    wide = None if sys.stdout.isatty() else WIDE
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True, width=wide)
-    console.print(fitting_table(console, trials, monitor, axes))
-
-
-def fitting_table(console: "Console", trials: list[Trial], monitor: str, axes: Sequence[str]) -> "Table":
-    """The trials, the best first: a column a setting; where a terminal is too narrow for that, one for all of them."""
-    from rich.measure import Measurement
-
-    ordered = ranked(trials, monitor) + [trial for trial in trials if not trial.records]
-    table = _table(ordered, monitor, axes, ruled=console.is_terminal, merged=False)
-    needed = Measurement.get(console, console.options.update_width(WIDE), table).maximum
-    folding = max((len(_cut(trial.reason)) for trial in trials), default=0) - LEAST_REASON
-    if needed - max(0, folding) > console.width:
-        table = _table(ordered, monitor, axes, ruled=console.is_terminal, merged=True)
-    return table
-
-
-def _table(ordered: list[Trial], monitor: str, axes: Sequence[str], *, ruled: bool, merged: bool) -> "Table":
-    from rich import box
-    from rich.table import Table
-
-    from tune.pictures import SCORES as NAMES
-    from tune.pictures import number, spelt
-
-    table = Table(box=box.SIMPLE_HEAD if ruled else None)
-    names = [_leaf(axis, axes) for axis in axes]
-    reasons = not merged and any(trial.reason for trial in ordered)
-    for column in ("trial", "status"):
-        table.add_column(column, no_wrap=True)
-    for column in (NAMES[monitor], "in epoch", "epochs", *["seconds"] * (not merged), *names * (not merged)):
-        table.add_column(column, justify="right", no_wrap=True)
-    for column in ["settings"] * merged + ["reason"] * reasons:
-        table.add_column(column, overflow="fold", min_width=LEAST_REASON)
-    for trial in ordered:
-        best = trial.best(monitor)
-        score = ["-", "-"] if best is None else [number(monitor, best["val"][monitor]), str(best["epoch"])]
-        cells = [trial.id, trial.status, *score, str(len(trial.records))]
-        values = [printable(spelt(trial.values[axis])) if axis in trial.values else "-" for axis in axes]
-        if merged:
-            pairs = ", ".join(f"{name} {value}" for name, value in zip(names, values, strict=True))
-            cells.append(f"{pairs}\n{_cut(trial.reason)}".rstrip())
-        else:
-            cells += [f"{trial.seconds:.1f}" if trial.seconds else "-", *values, *[_cut(trial.reason)] * reasons]
-        table.add_row(*cells)
-    return table
-
-
-def _leaf(axis: str, axes: Sequence[str]) -> str:
-    """The last part of a dotted name; all of it where another has the same."""
-    leaf = axis.rpartition(".")[2]
-    return axis if [other.rpartition(".")[2] for other in axes].count(leaf) > 1 else leaf
-
-
-def _cut(reason: str) -> str:
-    line = printable(next(iter(reason.strip().splitlines()), ""))
-    return line if len(line) <= REASON else f"{line[: REASON - 1]}…"
+        say(f"picture: {_quoted(left['search.png'])}")
 
 
 def _csv(trials: list[Trial], monitor: str, axes: Sequence[str]) -> str:
@@ -240,8 +165,6 @@ def _json_safe(tree: Any) -> Any:
 
 def _best_yaml(folder: Path, best: Trial, base: Config) -> str:
     """The whole settings of the best trial, as a run of their own that can be started anywhere."""
-    from tune.pictures import scored
-
     config, monitor = load_config(str(best.folder / "config.yaml")), base.train.monitor
     default = {field.name: field.default for field in fields(RunConfig)}
     own = {f"run.{name}": default[name] for name in ("name", "dir", "resume")}
@@ -303,7 +226,3 @@ def _command(path: Path) -> str:
 def _quoted(path: Path) -> str:
     """A path as a shell takes it."""
     return shlex.quote(str(path))
-
-
-def _say(text: str) -> None:
-    print(printable(text), flush=True)

@@ -17,7 +17,8 @@ from types import FrameType
 from typing import Any, NoReturn
 
 from fer_dist.commandline import run
-from fer_dist.errors import Stopped, UserError, printable
+from fer_dist.console import say
+from fer_dist.errors import Stopped, UserError
 from tune.asked import PROG, Search, again, near, new, parser, resumed
 from tune.ledger import Ledger
 from tune.settings import FILE
@@ -109,30 +110,46 @@ def _tune(search: Search, ledger: Ledger, task: Any, desk: Any, at_once: int) ->
     from ray.exceptions import RayError
 
     from tune.board import Board
-    from tune.driver import Listener, Source, scheduler
-    from tune.spacefile import space_of
-    from tune.trial import run_trial
+    from tune.driver import Listener, Source
 
     settings, config = task.settings, search.config
-    space = space_of(search.space, config, settings.workers, str(search.folder / FILE))
-    source = Source(ledger, config, space, settings)
+    source = Source(ledger, config, search.space, settings)
     if not source.left:
         return
     say(
         f"search {near(search.folder)}: {source.left} trials, {at_once} at once, each {settings.workers} "
         f"worker{'s' * (settings.workers > 1)}; {settings.searcher}, {settings.scheduler}"
     )
+    board = Board(ledger.trials, config.train.monitor, search.space.names)
+    total = max(settings.trials, len(ledger.trials()))
+    tuner = _tuner(task, source, Listener(ledger, config, settings, desk, total, board.tell), desk, at_once)
+    try:
+        with board:
+            tuner.fit()
+    except (RayError, tune.TuneError) as error:
+        told = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()[:300]
+        raise UserError(f"Ray has ended the search: {told}", f"{again(search.folder)} goes on") from None
+    except OSError as error:
+        told = error.strerror or str(error)
+        raise UserError(f"Ray cannot write: {told}", f"free some space; {again(search.folder)} goes on") from None
+
+
+def _tuner(task: Any, source: Any, listener: Any, desk: Any, at_once: int) -> Any:
+    """Ray's experiment, with our parts in their places."""
+    from ray import tune
+
+    from tune.driver import scheduler
+    from tune.trial import run_trial
+
+    settings = task.settings
     alone = {"CPU": settings.cpus} | ({"GPU": settings.gpus} if settings.gpus else {})
     # The leader of several workers computes nothing, but a bundle of nothing is none to Ray.
     needs = alone if settings.workers == 1 else {"CPU": 0, "memory": 2**20}
-    board = Board(ledger.trials, config.train.monitor, list(search.space))
-    total = max(settings.trials, len(ledger.trials()))
-    listener = Listener(ledger, config, settings, desk, total, board.tell)
-    tuner = tune.Tuner(
+    return tune.Tuner(
         tune.with_resources(partial(run_trial, task=task), needs),
         tune_config=tune.TuneConfig(
             search_alg=source,
-            scheduler=scheduler(settings, config, ledger.trials(), desk),
+            scheduler=scheduler(settings, task.config, Ledger(task.folder).trials(), desk),
             num_samples=source.left,
             max_concurrent_trials=at_once,
             reuse_actors=settings.workers == 1,
@@ -145,15 +162,6 @@ def _tune(search: Search, ledger: Ledger, task: Any, desk: Any, at_once: int) ->
             verbose=0,
         ),
     )
-    try:
-        with board:
-            tuner.fit()
-    except (RayError, tune.TuneError) as error:
-        told = (str(error).strip().splitlines() or [type(error).__name__])[-1].strip()[:300]
-        raise UserError(f"Ray has ended the search: {told}", f"{again(search.folder)} goes on") from None
-    except OSError as error:
-        told = error.strerror or str(error)
-        raise UserError(f"Ray cannot write: {told}", f"free some space; {again(search.folder)} goes on") from None
 
 
 @contextmanager
@@ -179,21 +187,16 @@ def _report(search: Search, ledger: Ledger, *, shown: bool) -> None:
     from tune.report import show, write_report
 
     trials, monitor = ledger.trials(), search.config.train.monitor
-    write_report(search.folder, trials, search.config, list(search.space), asdict(search.settings))
+    write_report(search.folder, trials, search.config, search.space.names, asdict(search.settings))
     if not shown:
         return
-    show(trials, monitor, list(search.space), near(search.folder))
+    show(trials, monitor, search.space.names, near(search.folder))
     if trials and not any(trial.records for trial in trials):
         told = trials[0].reason or "its run folder is gone"
         raise UserError(f"no trial has finished an epoch; the first: {told}", "put that right first")
     failed = sum(trial.status == "failed" for trial in trials)
     if failed:
         say(f"{failed} have failed; {again(search.folder)} --retry-failed gives them another try")
-
-
-def say(line: str) -> None:
-    """A line on what happens."""
-    print(printable(line), flush=True)
 
 
 if __name__ == "__main__":

@@ -83,6 +83,11 @@ class Space:
 
     axes: tuple[Axis, ...]
 
+    @property
+    def names(self) -> list[str]:
+        """The settings, in order."""
+        return [axis.name for axis in self.axes]
+
     def sample(self, seed: int, number: int) -> dict[str, Any]:
         """The values of trial `number`, by dotted name: the same in every process, whatever was drawn before."""
         return {axis.name: axis.at(_part(seed, number, axis.name)) for axis in self.axes}

@@ -16,11 +16,13 @@ from typing import Any
 
 from fer_dist.config import Config
 from fer_dist.errors import RankLost, UserError
-from tune.ledger import RUNS, records_in
+from tune.ledger import RUNS, best_of, records_in
 from tune.settings import Settings
+from tune.words import SCORES
 
 DESK = "fer_dist desk"
-METRICS = ("accuracy", "macro_f1", "loss")
+CLOCK, SCORE = "epoch", "score"
+"""What a trial reports to Ray: whole epochs, and the best value of `train.monitor` so far."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,11 +179,10 @@ def _train(name: str, config: Config, task: Task, report: Callable[[dict[str, An
 
     def tell(epoch: int, val: dict[str, float]) -> None:
         best.append(val[monitor])
-        top = min(best) if monitor == "loss" else max(best)
-        report({"epoch": epoch, "score": top} | {key: val[key] for key in METRICS})
+        report({CLOCK: epoch, SCORE: best_of(monitor)(best)} | {key: val[key] for key in SCORES})
 
     def on_epoch(record: EpochRecord) -> bool:
-        tell(record.epoch, {key: getattr(record.val, key) for key in METRICS})
+        tell(record.epoch, {key: getattr(record.val, key) for key in SCORES})
         stop: bool = ray.get(desk.stops.remote(name, record.epoch))
         return stop
 

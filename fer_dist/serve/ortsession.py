@@ -107,9 +107,7 @@ def record_session(
         work = bound(session, images_N1SS.to("cuda", copy=True), classes)
         torch.cuda.synchronize()  # the pictures were copied on another stream
         return warm(work, stream)
-    except UserError:  # the provider started before: it is the graph that it refuses
-        return None
-    except Exception:  # kinds of its own, see above
+    except Exception:  # the provider had started before: it is the graph that is refused, with kinds of its own
         return None
 
 

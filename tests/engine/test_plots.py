@@ -37,20 +37,6 @@ def values(data: Any) -> list[float]:
     return [float(value) for value in data]
 
 
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """Each figure that is saved."""
-    saved: list[Figure] = []
-    save = Figure.savefig
-
-    def keep(figure: Figure, *arguments: Any, **keywords: Any) -> None:
-        saved.append(figure)
-        save(figure, *arguments, **keywords)
-
-    monkeypatch.setattr(Figure, "savefig", keep)
-    return saved
-
-
 @pytest.mark.parametrize("count", [1, 2, 12, 100])
 def test_curves(count: int, tmp_path: Path, figures: list[Figure]) -> None:
     path = tmp_path / "curves.png"

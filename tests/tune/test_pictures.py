@@ -15,7 +15,9 @@ from PIL import Image
 from fer_dist.engine.plots import ORANGE
 from fer_dist.errors import UserError
 from tune.ledger import Status, Trial
-from tune.pictures import Scale, legible, scored, search_picture, spelt
+from tune.pictures import search_picture
+from tune.scale import Scale, legible
+from tune.words import scored, spelt
 
 MANY = [f"model.options.a_rather_long_name_of_a_setting_{i}" for i in range(13)]
 
@@ -47,20 +49,6 @@ def trials(count: int, axes: list[str]) -> list[Trial]:
         status: Status = source.choice(["finished", "stopped", "failed", "running"])
         found.append(trial(number, values, scores, status))
     return found
-
-
-@pytest.fixture
-def figures(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
-    """Each figure that is saved."""
-    saved: list[Figure] = []
-    save = Figure.savefig
-
-    def keep(figure: Figure, *arguments: Any, **keywords: Any) -> None:
-        saved.append(figure)
-        save(figure, *arguments, **keywords)
-
-    monkeypatch.setattr(Figure, "savefig", keep)
-    return saved
 
 
 def size(path: Path) -> tuple[int, int]:

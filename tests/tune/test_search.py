@@ -259,7 +259,9 @@ def test_paths_are_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     search = new(*parser().parse_known_args(words))
     assert search.config.data.path == str(tmp_path / "home" / "x.csv")
     assert search.config.data.cache_dir == str(tmp_path / "cache")
-    assert search.space == {"model.weights": {"choice": [str(tmp_path / "a.pth"), str(tmp_path / "home" / "b.pth")]}}
+    assert search.space.to_dict() == {
+        "model.weights": {"choice": [str(tmp_path / "a.pth"), str(tmp_path / "home" / "b.pth")]}
+    }
 
 
 # Without Ray
