@@ -1,10 +1,11 @@
 """A search as it was asked for on the command line: a new one, or one that goes on."""
 
+import difflib
 import shlex
 import time
 from argparse import SUPPRESS, Namespace
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,20 @@ def count(text: str) -> int:
     return int(text)
 
 
+def require_options(rest: Sequence[str]) -> None:
+    """Refuse a misspelt option of the search, which would be taken for a setting: those have dots, but for a few.
+
+    Raises:
+        UserError: it names the nearest option.
+    """
+    plain = ["--config", "--data", "--print-config", *(f"--{field.name}" for field in fields(Config))]
+    known = [*plain, *(option for action in parser()._actions for option in action.option_strings)]
+    for flag in (word.partition("=")[0] for word in rest if word.startswith("--") and len(word) > 2):
+        if "." not in flag and flag not in plain:
+            near = difflib.get_close_matches(flag, known, n=1, cutoff=0.0)[0]
+            raise UserError(f"unknown option {printable(flag)!r}", f"did you mean {near!r}? {PROG} --help lists all")
+
+
 def new(given: Namespace, rest: Sequence[str]) -> Search:
     """A search from the command line, checked, with its folder made.
 
@@ -81,6 +96,7 @@ def new(given: Namespace, rest: Sequence[str]) -> Search:
     """
     from tune.spacefile import default_space, read_space
 
+    require_options(rest)
     settings = Settings(**_asked(given))
     config = _anywhere(parse(rest, prog=PROG, about=ABOUT, recipe=RECIPE))
     if (config.run.name, config.run.dir, config.run.resume) != (None, "runs", "restart"):
