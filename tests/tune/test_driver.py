@@ -134,6 +134,19 @@ def test_what_was_left_unfinished_comes_first(searcher: Searcher, tmp_path: Path
         assert len(set(values)) == 6, "every combination once, over both starts"
 
 
+def test_tpe_learns_from_trials_that_went_on(tmp_path: Path) -> None:
+    """It has not asked for them in this start; each is told once, with its own values and score."""
+    first = source(tmp_path, "tpe", 6)
+    begun = [first.suggest(f"old-{i}")["values"] for i in range(3)]
+    again = source(tmp_path, "tpe", 6)
+    given = [one["values"] for one in drain(again)]
+    assert given[:3] == begun
+    assert again._tpe is not None
+    told = again._tpe._optuna._ot_study.trials
+    assert [trial.params["optim.lr"] for trial in told] == [values["optim.lr"] for values in given]
+    assert [trial.value for trial in told] == [values["optim.lr"] for values in given]
+
+
 def test_a_grid_ends_where_there_are_no_more(tmp_path: Path) -> None:
     assert len(drain(source(tmp_path, "grid", 99, FINITE))) == 6
 
