@@ -148,6 +148,12 @@ class TorchRunner(Runner):
         where = torch.cuda.get_device_name() if self.on_gpu else f"{count} thread{'s' * (count > 1)}"
         self.runs_on = f"torch {self._device.type}, {where}"
 
+    @property
+    def model(self) -> FaceModel:
+        """The network in evaluation mode, as long as the runner is open."""
+        assert self._model is not None, "the runner is closed"
+        return self._model
+
     def _run(self, images_N1SS: Tensor) -> tuple[Tensor, Tensor]:
         # Threads are torch's own, not the runner's: another runner may have set them since.
         if self._threads is not None and torch.get_num_threads() != self._threads:

@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from export.answers import Answers, Pictures, ask, open_data
+from export.answers import Answers, ask
 from export.gate import ParityReport, compare, require_same_model, tolerance_of
 from fer_dist.config import Config
 from fer_dist.engine.checkpoint import Checkpoint, save
 from fer_dist.models import FaceModel
 from fer_dist.serve.artifact import Precision, onnx_metadata
+from fer_dist.serve.dataset import Pictures, open_data
 from fer_dist.serve.runner import Outputs, Runner, open_runner
 from tests.export.nets import copied, graph_of
 from tests.models.tiny import make_lively, tiny_model

@@ -11,12 +11,12 @@ import pytest
 
 from export import onnx as onnx_command
 from export import trt
-from export.answers import data_settings
 from export.console import Wish
 from export.pipeline import export
 from fer_dist.engine.checkpoint import load, write_safetensors
 from fer_dist.errors import EXIT_REJECTED, EXIT_USER_ERROR, UserError
 from fer_dist.serve.artifact import contract, file_sha256, read_sidecar
+from fer_dist.serve.dataset import data_settings
 from fer_dist.serve.onnxfile import read_onnx
 from fer_dist.serve.runner import open_runner
 from tests.export.rig import command, names, nothing_changes, saved

@@ -18,7 +18,6 @@ import torch
 
 from export.console import Wish
 from export.pipeline import export
-from export.source import settings_of
 from fer_dist.config import Config
 from fer_dist.engine.checkpoint import SEAL, SEAL_BYTES
 from fer_dist.engine.checkpoint import load as load_checkpoint
@@ -27,6 +26,7 @@ from fer_dist.engine.history import newest
 from fer_dist.errors import UserError
 from fer_dist.models import build_model
 from fer_dist.models.weights import read_state
+from fer_dist.serve.dataset import settings_of
 from fer_dist.serve.runner import open_runner
 from fer_dist.spec import LabelSet
 from fer_dist.tensors import NotTensors, read_tensors
