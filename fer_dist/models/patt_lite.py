@@ -55,12 +55,25 @@ class PattLite(nn.Module):
         self.classifier = nn.Linear(channels, classes)
 
     def forward(self, pixels_N3HW: Tensor) -> Tensor:
+        logits_NK, _ = self._answer(pixels_N3HW, need_weights=False)
+        return logits_NK
+
+    def with_attention(self, pixels_N3HW: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits, and how much of the attention each patch gets: `[N, h, w]`, a mean over heads and patches.
+
+        Each map sums to 1. Logits differ from those of `forward` by rounding: it never has the weights in memory.
+        """
+        logits_NK, attention_NHW = self._answer(pixels_N3HW, need_weights=True)
+        assert attention_NHW is not None
+        return logits_NK, attention_NHW
+
+    def _answer(self, pixels_N3HW: Tensor, *, need_weights: bool) -> tuple[Tensor, Tensor | None]:
         map_NDHW = self.patches(self.features(pixels_N3HW))
         patches_NPD = map_NDHW.flatten(2).transpose(1, 2)
-        attended_NPD, _ = self.attention(patches_NPD, patches_NPD, patches_NPD, need_weights=False)
+        attended_NPD, weights_NPP = self.attention(patches_NPD, patches_NPD, patches_NPD, need_weights=need_weights)
         mean_ND = self.norm(patches_NPD + attended_NPD).mean(dim=1)
         logits_NK: Tensor = self.classifier(self.dropout(mean_ND))
-        return logits_NK
+        return logits_NK, weights_NPP.mean(dim=1).reshape(-1, *map_NDHW.shape[2:]) if need_weights else None
 
 
 def resolve(model: ModelConfig, size: int, labels: LabelSet) -> ModelSpec:

@@ -20,7 +20,7 @@ from fer_dist.engine.score import Views, answers
 from fer_dist.engine.significance import McNemar, holm, mcnemar
 from fer_dist.errors import UserError, printable
 from fer_dist.serve.dataset import Say, open_data, open_training, settings_of
-from fer_dist.serve.explain import METHODS, heat_maps
+from fer_dist.serve.explain import METHODS, attention_maps, heat_maps
 from fer_dist.serve.runner import Runner, TorchRunner, open_runner
 from fer_dist.spec import ModelSpec
 from fer_dist.world import World
@@ -347,4 +347,7 @@ def look(runner: Runner, images_N1SS: torch.Tensor, classes_N: torch.Tensor) -> 
     if isinstance(runner, TorchRunner):
         found = heat_maps(runner.model, images_N1SS, classes_N)
         return (None, "") if found is None else (found.numpy(), METHODS[runner.spec.arch])
-    return None, ""
+    attention_NHW = runner.run(images_N1SS).attention_NHW
+    if attention_NHW is None:
+        return None, ""
+    return attention_maps(attention_NHW, images_N1SS.shape[-1]).numpy(), "attention over its patches"

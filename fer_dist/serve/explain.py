@@ -42,8 +42,16 @@ def heat_maps(model: FaceModel, images_N1SS: Tensor, classes_N: Tensor) -> Tenso
             found.append(_grad_cam(model, network, images, classes_N[begin : begin + AT_ONCE].to(device)))
         else:
             found.append(_rollout(model, network, images))
-    maps_NHW = torch.cat(found)
-    side = images_N1SS.shape[-1]
+    return enlarged(torch.cat(found), images_N1SS.shape[-1])
+
+
+def attention_maps(attention_NHW: Tensor, side: int) -> Tensor:
+    """What `Outputs.attention_NHW` shows: float32 `[N, side, side]`, from the least attention, 0, to the most, 1."""
+    return enlarged(attention_NHW - attention_NHW.amin((1, 2), keepdim=True), side)
+
+
+def enlarged(maps_NHW: Tensor, side: int) -> Tensor:
+    """Maps over patches, at least 0, as maps over pixels: float32 `[N, side, side]`, 1 at the highest place of each."""
     maps_NSS = F.interpolate(maps_NHW.unsqueeze(1), size=(side, side), mode="bilinear", align_corners=False).squeeze(1)
     return maps_NSS / maps_NSS.amax((1, 2), keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 

@@ -57,7 +57,9 @@ def saved(folder: Path, arch: str, name: str = "best.pth", **settings: object) -
 def exported(model: FaceModel, checkpoint_sha256: str) -> onnx.ModelProto:
     """`to_onnx` of `lively(arch)` without the seconds that the exporter takes: its graph is made once."""
     graph = copied(graph_of(model.spec.arch))
-    onnx.helper.set_model_props(graph, onnx_metadata(model.spec, precision="fp32", checkpoint_sha256=checkpoint_sha256))
+    attends = model.shows_attention
+    properties = onnx_metadata(model.spec, precision="fp32", checkpoint_sha256=checkpoint_sha256, attends=attends)
+    onnx.helper.set_model_props(graph, properties)
     return graph
 
 
