@@ -107,7 +107,7 @@ class ExportedModel:
 def contract(spec: ModelSpec, *, attends: bool = False) -> dict[str, Any]:
     """What goes in and what comes out, for people and programs that do not have fer_dist."""
     side, classes = spec.input.size, len(spec.labels)
-    attention = {"dtype": "float32", "shape": ["N", "h", "w"], "values": "of each patch, from the top left; sums to 1"}
+    attention = {"dtype": "float32", "shape": ["N", "h", "w"], "values": "part of each patch in it; sums to 1"}
     return {
         "input": {
             "name": INPUT,

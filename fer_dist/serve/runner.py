@@ -32,8 +32,8 @@ class Outputs:
     Attributes:
         logits_NK: float32 `[N, K]`, on the CPU.
         probabilities_NK: likewise, the softmax of the logits as the artifact computes it.
-        attention_NHW: float32 `[N, h, w]`, on the CPU: how much attention each patch gets, sums of 1; None: the
-            artifact does not say. ONNX files of patt_lite do.
+        attention_NHW: float32 `[N, h, w]`, on the CPU: the part that each patch has in the attention, sums of 1;
+            None: the artifact does not say. ONNX files of patt_lite do.
     """
 
     logits_NK: Tensor

@@ -122,7 +122,7 @@ def test_a_fixed_batch_is_our_mistake_and_refused(tmp_path: Path) -> None:
 
 
 def test_attention_is_that_of_the_network(tmp_path: Path) -> None:
-    """In any batch: how much each patch gets, and it sums to 1."""
+    """In any batch: the part of each patch, and they sum to 1; the logits are those of the network that was trained."""
     model, images_N1SS = lively("patt_lite"), pictures(9)
     path = tmp_path / "best.onnx"
     path.write_bytes(graph_of("patt_lite").SerializeToString())
