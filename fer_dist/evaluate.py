@@ -109,7 +109,7 @@ def _print_scores(judged: "list[Judged]") -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from fer_dist.serve.htmlreport import interval, percent
+    from fer_dist.serve.htmlreport import interval, percent, short_names
 
     console = Console(highlight=False, markup=False, soft_wrap=True, emoji=False)
     look = box.SIMPLE_HEAD if console.is_terminal else None
@@ -131,8 +131,8 @@ def _print_scores(judged: "list[Judged]") -> None:
         name = printable(str(one.path))
         table.add_row(name, *scores, *clean, percent(one.whole.macro_f1), percent(one.calibration.ece))
     console.print(table)
-    for one in judged:
-        title = "class" if len(judged) == 1 else printable(f"class, {one.path.name}")
+    for one, short in zip(judged, short_names(judged), strict=True):
+        title = "class" if len(judged) == 1 else f"class, {short}"
         table = Table(title, box=look)
         for name in ("precision", "recall", "F1", "pictures"):
             table.add_column(name, justify="right")

@@ -135,8 +135,13 @@ def test_several_artifacts(folder: Path, tmp_path: Path, capsys: pytest.CaptureF
     assert gained == round(140 * (first["accuracy"] - other["accuracy"]))
     assert other_test["only_first"] > 0
     assert other_test["p"] <= other_test["p_holm"]
-    assert "McNemar p 1 (exact binomial)" in capsys.readouterr().out
-    Page((tmp_path / "report.html").read_bytes()).require_harmless()
+    printed = capsys.readouterr().out
+    assert "McNemar p 1 (exact binomial)" in printed
+    assert "class, best.onnx " in printed
+    page = Page((tmp_path / "report.html").read_bytes())
+    page.require_harmless()
+    assert page.text.count("Grad-CAM") == 4  # mistakes and right answers of the two checkpoints
+    assert page.text.count("attention over its patches") == 2  # those of the ONNX file
 
 
 def test_other_forms(folder: Path, tmp_path: Path) -> None:

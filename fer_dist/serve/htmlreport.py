@@ -48,7 +48,7 @@ def html(task: Task, exam: Exam, judged: Sequence[Judged]) -> bytes:
         for c in compare(judged)
     ]
     page: str = _template().render(
-        title=f"Evaluation: {', '.join(printable(one.path.name) for one in judged)}",
+        title=f"Evaluation: {', '.join(short_names(judged))}",
         subtitle=f"{len(exam.rows_M):,} pictures, {SPLITS[exam.split]} part of {printable(exam.source)}"
         + _VIEWS[task.views],
         notes=exam.notes,
@@ -57,6 +57,14 @@ def html(task: Task, exam: Exam, judged: Sequence[Judged]) -> bytes:
         judged=[_section(one) for one in judged],
     )
     return page.encode("utf-8", "replace")
+
+
+def short_names(judged: Sequence[Judged]) -> list[str]:
+    """The names of the files, with their folders where two are called alike."""
+    names = [one.path.name for one in judged]
+    return [
+        printable(name if names.count(name) == 1 else str(one.path)) for name, one in zip(names, judged, strict=True)
+    ]
 
 
 def percent(share: float) -> str:
