@@ -100,7 +100,7 @@ class FaceModel(nn.Module):
         return hasattr(self.network, "with_attention")
 
     def with_attention(self, images_N1SS: Tensor) -> tuple[Tensor, Tensor]:
-        """The logits, and the part that each place of the network's grid has in the attention: `[N, h, w]`, sums of 1."""
+        """The logits, and the part that each place of the network's grid has in the attention: `[N, h, w]`, sum 1."""
         network: Any = self.network
         found: tuple[Tensor, Tensor] = network.with_attention(self.preprocess(images_N1SS))
         return found
