@@ -81,7 +81,8 @@ class PattLite(nn.Module):
         weights_NHPP = (query_NHPE @ key_NHPE.transpose(2, 3) * layer.head_dim**-0.5).softmax(-1)
         attended_NPD = layer.out_proj((weights_NHPP @ value_NHPE).transpose(1, 2).flatten(2))
         parts_NP = (weights_NHPP.mean(2) * value_NHPE.norm(dim=-1)).sum(1)
-        return attended_NPD, parts_NP / parts_NP.sum(1, keepdim=True).clamp_min(1e-6)
+        # Where all values are zero, so are the parts; float16 holds this bound.
+        return attended_NPD, parts_NP / parts_NP.sum(1, keepdim=True).clamp_min(2**-14)
 
     def _classify(self, patches_NPD: Tensor, attended_NPD: Tensor) -> Tensor:
         mean_ND = self.norm(patches_NPD + attended_NPD).mean(dim=1)

@@ -62,9 +62,8 @@ def html(task: Task, exam: Exam, judged: Sequence[Judged]) -> bytes:
 def short_names(judged: Sequence[Judged]) -> list[str]:
     """The names of the files, with their folders where two are called alike."""
     names = [one.path.name for one in judged]
-    return [
-        printable(name if names.count(name) == 1 else str(one.path)) for name, one in zip(names, judged, strict=True)
-    ]
+    alike = {name for name in names if names.count(name) > 1}
+    return [printable(str(one.path) if one.path.name in alike else one.path.name) for one in judged]
 
 
 def percent(share: float) -> str:
