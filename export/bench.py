@@ -13,8 +13,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from export.console import numbers, say
+from export.console import numbers
 from fer_dist.commandline import Parser, run
+from fer_dist.console import say
 from fer_dist.errors import UserError, printable
 from fer_dist.extras import versions
 

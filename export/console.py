@@ -1,23 +1,17 @@
-"""What the export commands have in common on the terminal: arguments, plain lines, a bar for long work."""
+"""The arguments that the export commands have in common."""
 
 import argparse
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fer_dist.errors import printable
+from fer_dist.console import natural, positive
 
 if TYPE_CHECKING:  # torch is behind it: --help must answer at once
     from fer_dist.serve.artifact import Precision
 
 MOST = 65_536
 """Largest batch, and largest number of such a list."""
-SECONDS_BETWEEN_LINES = 15.0
-"""Where there is no terminal, long work says at most so often how far it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,22 +60,6 @@ def wish_of(given: argparse.Namespace) -> Wish:
     return Wish(**{field.name: getattr(given, field.name) for field in fields(Wish)})
 
 
-def positive(text: str) -> int:
-    """A whole number of at least 1, for argparse."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 1")
-    return value
-
-
-def natural(text: str) -> int:
-    """A whole number of at least 0, for argparse."""
-    value = int(text)
-    if value < 0:
-        raise argparse.ArgumentTypeError(f"{text} is not at least 0")
-    return value
-
-
 def numbers(text: str) -> tuple[int, ...]:
     """`1,8,64` as numbers of at least 1, for argparse."""
     try:
@@ -91,31 +69,3 @@ def numbers(text: str) -> tuple[int, ...]:
     if max(found) > MOST:
         raise argparse.ArgumentTypeError(f"{max(found)} is more than {MOST}")
     return found
-
-
-def say(text: str) -> None:
-    """Lines for people, at once; what a stranger's file says is shown without what a terminal would obey."""
-    print("\n".join(map(printable, text.split("\n"))), flush=True)
-
-
-@contextmanager
-def counting(title: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, a line now and then elsewhere; call what comes out of it with the number done since."""
-    if sys.stdout.isatty():
-        from rich.progress import Progress
-
-        with Progress(transient=True) as progress:
-            task = progress.add_task(title, total=total)
-            yield lambda done: progress.advance(task, done)
-        return
-    began = last = time.monotonic()
-    count = 0
-
-    def count_on(done: int) -> None:
-        nonlocal count, last
-        count += done
-        if (now := time.monotonic()) - last > SECONDS_BETWEEN_LINES:
-            last = now
-            say(f"{title}: {count:,} of {total:,} after {now - began:.0f} s")
-
-    yield count_on

@@ -13,8 +13,8 @@ from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
-from export.console import say
 from export.gate import ParityReport, show
+from fer_dist.console import say
 from fer_dist.engine.checkpoint import sync_folder
 from fer_dist.errors import UserError
 from fer_dist.serve.artifact import ExportedModel, sidecar, sidecar_json

@@ -4,8 +4,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from export.console import add_data, say
+from export.console import add_data
 from fer_dist.commandline import Parser, run
+from fer_dist.console import say
 from fer_dist.errors import Rejected, printable
 
 PROG = "python -m export.parity"
@@ -27,10 +28,10 @@ def _main(argv: Sequence[str]) -> None:
     add_data(parser)
     given = parser.parse_args(argv)
 
-    from export.answers import ask_aloud, open_data
+    from export.answers import ask_aloud
     from export.gate import compare, require_same_model, show, tolerance_of
-    from export.source import settings_of
     from fer_dist.serve.artifact import PRECISIONS
+    from fer_dist.serve.dataset import open_data, settings_of
     from fer_dist.serve.runner import open_runner
 
     tolerance_of("fp32", given.tolerance)  # a wrong text is told before the work

@@ -2,14 +2,16 @@
 
 from pathlib import Path
 
-from export.answers import Pictures, ask_aloud, open_data
-from export.console import Wish, say
+from export.answers import ask_aloud
+from export.console import Wish
 from export.delivery import workshop
 from export.gate import tolerance_of
 from export.maker import FP16_SAMPLE, Builder, Maker, Reference
 from export.source import Source, open_source
+from fer_dist.console import say
 from fer_dist.errors import UserError
 from fer_dist.serve.artifact import Precision
+from fer_dist.serve.dataset import Pictures, open_data
 from fer_dist.serve.runner import open_runner
 
 
