@@ -6,9 +6,9 @@
 #   FER_PYTHON         the interpreter; default: .venv/bin/python where there is one, else python
 #   FER_SRUN           more words for srun, e.g. the --container-image of Pyxis
 #   FER_WITHIN         words before the interpreter, e.g. "apptainer exec --nv fer.sif"
-#   FER_MAX_REQUEUES   how often a job may be requeued, whatever the reason; default: 20
+#   FER_MAX_REQUEUES   how often a job may be requeued, whatever the reason; default: 50
 
-REQUEUE_CODE=75 # of a job that wants to be started again but cannot say so: RequeueExit=75 in slurm.conf
+STOPPED=75 # exit code of a run that was told to stop and has saved; RequeueExit=75 in slurm.conf starts it again
 export SLURM_EXPORT_ENV=ALL # sbatch --export=NONE would let srun lose PATH and all the rest, too
 
 say() { printf '%s %s\n' "$(date +%Y-%m-%dT%H:%M:%S%z)" "$*"; }
@@ -25,8 +25,10 @@ if [ -n "${FER_SETUP:-}" ]; then
 fi
 PYTHON=${FER_PYTHON:-python}
 [ -n "${FER_PYTHON:-}" ] || [ ! -x .venv/bin/python ] || PYTHON=$PWD/.venv/bin/python
-[[ ${FER_MAX_REQUEUES:=20} =~ ^[0-9]+$ ]] || fail "FER_MAX_REQUEUES is '$FER_MAX_REQUEUES', expected a number" \
-  "export FER_MAX_REQUEUES=20"
+[[ ${FER_MAX_REQUEUES:=50} =~ ^[0-9]+$ ]] || fail "FER_MAX_REQUEUES is '$FER_MAX_REQUEUES', expected a number" \
+  "export FER_MAX_REQUEUES=50"
+[ "${SLURM_RESTART_COUNT:-0}" -le "$FER_MAX_REQUEUES" ] || # SLURM's own requeues count, too: after the loss of a node
+  { say "requeued $SLURM_RESTART_COUNT times, FER_MAX_REQUEUES=$FER_MAX_REQUEUES: not started again"; exit 1; }
 read -ra SRUN_WORDS <<<"${FER_SRUN:-}"
 read -ra WITHIN <<<"${FER_WITHIN:-}"
 RESTARTS=${SLURM_RESTART_COUNT:-0}
@@ -48,10 +50,19 @@ asked=''  # the signal that has come
 child=''  # the process that is waited for
 passed_on=USR1 # what it is told; srun hands USR1 to its tasks, but would end them at once at a TERM
 
+state() { # of this job, as SLURM has it; nothing where it cannot be asked
+  control show job "$SLURM_JOB_ID" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p' | head -n 1
+}
+
 note() {
   asked=${asked:-$1}
-  [ -z "$child" ] || kill -s "$passed_on" "$child" 2>/dev/null || true
+  if [ "$1" = TERM ] && [ "$passed_on" = USR1 ]; then
+    # Where SLURM ends the job itself, it has told all steps, too: twice would be no better.
+    case $(state) in COMPLETING | CANCELLED | TIMEOUT | PREEMPTED | NODE_FAIL) return ;; esac
+  fi
+  pass_on
 }
+pass_on() { [ -z "$child" ] || kill -s "$passed_on" "$child" 2>/dev/null || true; }
 trap 'note USR1' USR1
 trap 'note TERM' TERM
 
@@ -59,7 +70,7 @@ await() { # await COMMAND...: its exit status, however often a signal interrupts
   local status=0
   "$@" &
   child=$!
-  [ -z "$asked" ] || kill -s "$passed_on" "$child" 2>/dev/null || true
+  [ -z "$asked" ] || pass_on
   while true; do
     status=0
     wait "$child" || status=$?
@@ -75,27 +86,30 @@ all_nodes_answer() { # whether each node of the allocation runs a command
 }
 
 finish() { # finish STATUS: leave, and see to it that a job that is not done comes again; a crash does not
-  local status=$1 why='' state
+  local status=$1 why='' now
   [ "$status" != 0 ] || exit 0
-  if [ -n "$asked" ]; then
-    why="told to stop ($asked)"
+  if [ "$status" = 2 ]; then
+    why='' # settings, data, disk: the same again would be the same again
+  elif [ -n "$asked" ] || [ "$status" = "$STOPPED" ]; then
+    why="told to stop${asked:+ ($asked)}" # preemption with a time of grace tells the ranks only
   elif [ "$NODES" -gt 1 ] && ! all_nodes_answer; then
     why="a node does not answer"
-  else
-    say "ended with $status, not told to stop: not requeued"
+  fi
+  if [ -z "$why" ]; then
+    say "ended with $status: not requeued"
     exit "$status"
+  fi
+  now=$(state)
+  if [ -n "$now" ] && [ "$now" != RUNNING ]; then
+    say "$why, and SLURM ends the job itself ($now)" # scancel; or preemption and requeue, after which it comes again
+    exit "$STOPPED"
   fi
   if [ "$RESTARTS" -ge "$FER_MAX_REQUEUES" ]; then
-    say "$why, but requeued $RESTARTS times already (FER_MAX_REQUEUES=$FER_MAX_REQUEUES): not requeued"
-    exit "$status"
+    say "$why, but requeued $RESTARTS times already (FER_MAX_REQUEUES=$FER_MAX_REQUEUES): not again"
+    exit 1
   fi
-  state=$(control show job "$SLURM_JOB_ID" | sed -n 's/.*JobState=\([A-Z_]*\).*/\1/p' | head -n 1) || true
-  if [ -n "$state" ] && [ "$state" != RUNNING ]; then
-    say "$why, and SLURM ends the job itself ($state)" # scancel; or preemption and scontrol requeue, after which it comes again
-    exit "$REQUEUE_CODE"
-  fi
-  say "$why: requeued, start $((RESTARTS + 2))"
+  say "$why: requeued"
   ! control requeue "$SLURM_JOB_ID" || exit 0 # SLURM ends this script now
-  say "scontrol cannot requeue: exit code $REQUEUE_CODE (RequeueExit=$REQUEUE_CODE in slurm.conf starts it again)"
-  exit "$REQUEUE_CODE"
+  say "scontrol cannot requeue it: exit code $STOPPED (with RequeueExit=$STOPPED in slurm.conf SLURM does)"
+  exit "$STOPPED"
 }

@@ -21,17 +21,18 @@ for FER_SLURM in "${FER_SLURM:-}" "$(dirname "${BASH_SOURCE[0]}")" "${SLURM_SUBM
   [ ! -r "$FER_SLURM/lib.sh" ] || break
 done
 # shellcheck source=slurm/lib.sh
-. "$FER_SLURM/lib.sh" || { echo "error: no slurm/lib.sh; submit from the repository, or export FER_SLURM=.../slurm" >&2; exit 2; }
+. "$FER_SLURM/lib.sh" || { echo "error: no lib.sh; submit from the repository, or export FER_SLURM=.../slurm" >&2; exit 2; }
 
 # What a node runs. Its ranks: FER_RANKS_PER_NODE, or a rank a GPU, or a rank a core. exec, so that torchrun is what
-# SLURM signals; it tells the ranks, and waits for their saving longer than the 30 s that it would by itself.
+# SLURM signals; it tells the ranks, and waits for their saving longer than the 30 s that it would by itself. It is
+# torchrun as fer_dist.launch starts it: with an exit code that tells a run that was stopped from one that crashed.
 # shellcheck disable=SC2016
 ON_NODE='
 ranks=${FER_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-0}}
 cores=${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}
 [ "$ranks" -gt 0 ] || ranks=$cores
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / ranks > 0 ? cores / ranks : 1))}
-exec "${@:2:$1}" -m torch.distributed.run --nnodes="$SLURM_NNODES" --nproc_per_node="$ranks" \
+exec "${@:2:$1}" -m fer_dist.launch --nnodes="$SLURM_NNODES" --nproc_per_node="$ranks" \
   --rdzv-backend=c10d --rdzv-endpoint="$FER_RENDEZVOUS" --rdzv-id="$SLURM_JOB_ID.${SLURM_RESTART_COUNT:-0}" \
   --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout=600 \
   -m fer_dist.train "${@:$1+2}"'
@@ -41,6 +42,9 @@ FER_RENDEZVOUS=$(first_node):$((29000 + SLURM_JOB_ID % 3000))
 export FER_RENDEZVOUS
 say "job $SLURM_JOB_ID, start $((RESTARTS + 1)): $NODES nodes (${SLURM_JOB_NODELIST:-}), rendezvous $FER_RENDEZVOUS"
 words=("${WITHIN[@]}" "$PYTHON")
-await srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=0 "${SRUN_WORDS[@]}" \
+# A mistake in the settings is told here, once and with the exit code 2, not by every torchrun.
+[ -n "${FER_SRUN:-}" ] || "${words[@]}" -m fer_dist.train "$@" --print-config >/dev/null || exit
+# A node that ends first, with a bad exit or not, must not end the others while they save.
+await srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=660 "${SRUN_WORDS[@]}" \
   bash -c "$ON_NODE" fer_dist "${#words[@]}" "${words[@]}" "$@"
 finish $?

@@ -1,8 +1,8 @@
-"""A SLURM of two nodes on this machine, until standard input ends: `python boot.py FOLDER PROCTRACK own|shared GPUS`.
+"""A SLURM of two nodes on this machine, until standard input ends: `boot.py FOLDER PROCTRACK own|shared GPUS`.
 
-Started by `tests.slurm.rig`, as root. "own": inside namespaces of its own, where each node has a network, a host name and
-mounts of its own; the end of this process is the end of all that it has started. "shared": on the loopback of the
-machine, ports that are free, and at the end all that carries the mark of this cluster is killed.
+Started by `tests.slurm.rig`, as root. "own": inside namespaces of its own, where each node has a network, a host name
+and mounts of its own; the end of this process is the end of all that it has started. "shared": on the loopback of the
+machine, on ports that are free, and at the end all that carries the mark of this cluster is killed.
 """
 
 import contextlib
@@ -45,7 +45,7 @@ class Boot:
         self._configure()
         self._daemon("slurmctld", "slurmctld", "-D")
         for number, node in enumerate(NODES, 1):
-            self._node(number, node)
+            self.node(number, node)
         deadline = time.monotonic() + BOOT_S
         while (states := self._states()) != ["idle", "idle"]:
             if time.monotonic() > deadline:
@@ -109,7 +109,7 @@ class Boot:
         files = f"NodeName=node[1-2] Name=gpu File={self.folder}/gpu[0-{self.gpus - 1}]\n" if self.gpus else ""
         (self.folder / "gres.conf").write_text(f"AutoDetect=off\n{files}")
 
-    def _node(self, number: int, node: str) -> None:
+    def node(self, number: int, node: str) -> None:
         command = ["slurmd", "-D", "-N", node]
         if not self.own:
             self.slurmds[node] = self._daemon(node, *command)
@@ -118,7 +118,7 @@ class Boot:
         script = f"hostname {node}; ip link set lo up; read -r go; exec {' '.join(command)}"
         inner = ["unshare", "--net", "--uts", "--mount", "sh", "-c", script]
         process = self._daemon(node, *inner, stdin=subprocess.PIPE)
-        while os.readlink(f"/proc/{process.pid}/ns/net") == os.readlink("/proc/self/ns/net"):
+        while Path(f"/proc/{process.pid}/ns/net").readlink() == Path("/proc/self/ns/net").readlink():
             time.sleep(0.01)
         for words in (
             f"ip link add cable{number} type veth peer name eth0 netns {process.pid}",
@@ -176,7 +176,9 @@ def main() -> None:
         print(f"up {told}", flush=True)
         for line in sys.stdin:  # "node2": this node is started once more
             node = line.strip()
-            boot._node(NODES.index(node) + 1, node)
+            if boot.own:
+                subprocess.run(["ip", "link", "del", f"cable{NODES.index(node) + 1}"], check=False, capture_output=True)
+            boot.node(NODES.index(node) + 1, node)
             print(f"up {node}={boot.slurmds[node].pid}", flush=True)
     finally:
         kill_marked(f"FER_SLURM_TEST={os.environ['FER_SLURM_TEST']}")

@@ -1,5 +1,6 @@
 """A real SLURM for tests: `Cluster` boots it, runs its commands, waits for its jobs, and takes it down."""
 
+import contextlib
 import os
 import re
 import shutil
@@ -8,7 +9,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -20,6 +21,13 @@ FREEZER = Path("/sys/fs/cgroup/freezer")
 LIMIT_S = float(os.environ.get("TEST_PATIENCE_S", "150"))
 """How long one thing that a test waits for may take."""
 NAMESPACES = ("unshare", "--mount", "--net", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
+TRAINING = (
+    "--train.epochs", "4", "--train.steps_per_epoch", "12", "--train.global_batch", "8",
+    "--data.embedded_train", "140", "--data.embedded_val", "28", "--train.save_every_steps", "4",
+    "--run.tensorboard", "false", "--model.dropout", "0.2",
+)  # fmt: skip
+"""A run of 48 steps, of 8 faces each."""
+SLOW = Path(__file__).with_name("slow")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "DEADLINE", "OUT_OF_MEMORY")
 
 
@@ -59,7 +67,10 @@ class Cluster:
         folder: of the cluster itself.
         work: where jobs are submitted from; it holds a copy of slurm/.
         own: whether it has namespaces of its own.
+        python: the interpreter of the jobs.
     """
+
+    python = sys.executable
 
     def __init__(self, proctrack: str, *, gpus: int = 0) -> None:
         self.folder = Path(tempfile.mkdtemp(prefix="fer_slurm_", dir="/tmp"))
@@ -73,7 +84,7 @@ class Cluster:
             "FER_SLURM_TEST": self._mark,
             "SLURM_CONF": str(self.folder / "slurm.conf"),
             "PATH": f"{bin_folder}:{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": f"{ROOT}:{SLOW}",
             "FER_DIST_CACHE": str(self.folder / "cache"),
         }
         prefix = [*NAMESPACES, "--"] if self.own else []
@@ -126,10 +137,9 @@ class Cluster:
             time.sleep(0.1)
         for node in ("node1", "node2"):
             top = FREEZER / f"slurm_{node}"
-            for folder in sorted(top.rglob("*/"), reverse=True) if top.is_dir() else ():
-                folder.rmdir()
-            if top.is_dir():
-                top.rmdir()
+            for folder in sorted((p for p in [top, *top.rglob("*")] if p.is_dir()), reverse=True):
+                with contextlib.suppress(OSError):  # of another cluster, which lives
+                    folder.rmdir()
         if "FER_SLURM_KEEP" not in os.environ:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -169,17 +179,24 @@ class Cluster:
         assert found, printed
         return Job(self, found[1])
 
+    def train(self, name: str, *words: str, nodes: int = 1, settings: Sequence[str] = (), **environment: str) -> "Job":
+        """`sbatch slurm/train.sh` on CPUs with two ranks in all; `words` are for sbatch, `settings` for the trainer."""
+        size = (f"--nodes={nodes}", "--gpus-per-node=0", f"--cpus-per-task={2 // nodes}")
+        run = ("slurm/train.sh", *TRAINING, *settings, "--run.name", name)
+        return self.submit(*size, *words, *run, **environment)
+
+    def folder_of(self, name: str) -> Path:
+        """A run folder."""
+        return self.work / "runs" / name
+
     def kill_node(self, node: str) -> None:
         """The daemon of a node and all that runs there, at once, as when its power goes."""
-        spool = f"spool-{node}"
-        if self.own:  # all processes that see its network
+        theirs = f"grep -qsz '^SLURMD_NODENAME={node}$' $p/environ"
+        if self.own:  # whatever sees its network
             network = self.run("readlink", f"/proc/{self._nodes[node]}/ns/net").strip()
-            script = f'for p in /proc/[0-9]*; do [ "$(readlink $p/ns/net)" = "{network}" ] && kill -9 ${{p#/proc/}}; done'
-            self.run("sh", "-c", f"{script}; true")
-            return
-        self.run("kill", "-9", self._nodes[node])
-        script = f'for p in /proc/[0-9]*; do grep -qsz "SLURMD_NODENAME={node}" $p/environ && kill -9 ${{p#/proc/}}; done'
-        self.run("sh", "-c", f"{script}; : {spool}")
+            theirs = f'[ "$(readlink $p/ns/net)" = "{network}" ]'
+        script = f"kill -9 {self._nodes[node]}; for p in /proc/[0-9]*; do {theirs} && kill -9 ${{p#/proc/}}; done; true"
+        self.run("sh", "-c", script)
 
     def start_node(self, node: str) -> None:
         """A node that has died comes back."""
@@ -187,6 +204,13 @@ class Cluster:
         self._boot.stdin.write(f"{node}\n")
         self._boot.stdin.flush()
         self._hear()
+
+    def until(self, seen: Callable[[], object], what: str, limit_s: float = 45.0) -> None:
+        """Wait for something."""
+        deadline = time.monotonic() + limit_s
+        while not seen():
+            assert time.monotonic() < deadline, f"no {what} within {limit_s:.0f} s"
+            time.sleep(0.2)
 
     def processes(self) -> dict[int, str]:
         """What carries the mark of this cluster and still lives, seen from outside: number -> command line."""
@@ -204,9 +228,7 @@ class Cluster:
     def working(self) -> dict[int, str]:
         """The same without the cluster's own daemons."""
         own = ("slurmctld", "slurmd", "munged", "boot.py", "unshare", "nsenter")
-        return {
-            pid: command for pid, command in self.processes().items() if not any(name in command for name in own)
-        }
+        return {pid: command for pid, command in self.processes().items() if not any(name in command for name in own)}
 
 
 class Job:
@@ -234,16 +256,24 @@ class Job:
         """Wait for something."""
         deadline = time.monotonic() + limit_s
         while not seen():
-            assert time.monotonic() < deadline, f"no {what} within {limit_s:.0f} s; {self.told()}"
+            going_on = time.monotonic() < deadline and self.state not in ENDED
+            assert going_on, f"no {what} within {limit_s:.0f} s; {self.told()}"
             time.sleep(0.2)
+
+    def until_step(self, folder: Path, step: int) -> None:
+        """Wait for a checkpoint of this step."""
+        self.until((folder / "checkpoints" / f"step-{step:08}.pth").exists, f"checkpoint of step {step}")
 
     def until_log(self, part: str) -> None:
         self.until(lambda: part in self.log, f"{part!r} in the log")
 
     def end(self, limit_s: float = LIMIT_S) -> dict[str, str]:
         """Wait for its end, requeues included; what `scontrol show job` says then."""
-        self.until(lambda: self.state in ENDED, "end of the job", limit_s)
-        return self.shown()
+        deadline = time.monotonic() + limit_s
+        while (shown := self.shown())["JobState"] not in ENDED:
+            assert time.monotonic() < deadline, f"no end within {limit_s:.0f} s; {self.told()}"
+            time.sleep(0.2)
+        return shown
 
     def done(self, limit_s: float = LIMIT_S) -> str:
         """Wait until it has completed; its log."""
