@@ -21,7 +21,8 @@ for FER_SLURM in "${FER_SLURM:-}" "$(dirname "${BASH_SOURCE[0]}")" "${SLURM_SUBM
   [ ! -r "$FER_SLURM/lib.sh" ] || break
 done
 # shellcheck source=slurm/lib.sh
-. "$FER_SLURM/lib.sh" || { echo "error: no lib.sh; submit from the repository, or export FER_SLURM=.../slurm" >&2; exit 2; }
+. "$FER_SLURM/lib.sh" ||
+  { echo "error: no lib.sh; submit from the repository, or export FER_SLURM=.../slurm" >&2; exit 2; }
 
 # What a node runs. Its ranks: FER_RANKS_PER_NODE, or a rank a GPU, or a rank a core. exec, so that torchrun is what
 # SLURM signals; it tells the ranks, and waits for their saving longer than the 30 s that it would by itself. It is

@@ -22,7 +22,8 @@ for FER_SLURM in "${FER_SLURM:-}" "$(dirname "${BASH_SOURCE[0]}")" "${SLURM_SUBM
   [ ! -r "$FER_SLURM/lib.sh" ] || break
 done
 # shellcheck source=slurm/lib.sh
-. "$FER_SLURM/lib.sh" || { echo "error: no lib.sh; submit from the repository, or export FER_SLURM=.../slurm" >&2; exit 2; }
+. "$FER_SLURM/lib.sh" ||
+  { echo "error: no lib.sh; submit from the repository, or export FER_SLURM=.../slurm" >&2; exit 2; }
 
 # -- which search: a name that the next start of this job knows, too
 

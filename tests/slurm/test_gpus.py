@@ -1,0 +1,84 @@
+"""What a cluster with GPUs takes and refuses, and what one without does; an array of exports. The GPUs are faked."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.rig import TRAINING, Cluster
+
+SHORT = (*TRAINING, "--train.epochs", "1", "--train.steps_per_epoch", "2", "--train.device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def faked(proctrack: str) -> Iterator[Cluster]:
+    """Two nodes with two GPUs each, as far as SLURM can see."""
+    with Cluster(proctrack, gpus=2) as cluster:
+        yield cluster
+
+
+def test_ranks_are_those_of_the_gpus(faked: Cluster) -> None:
+    log = faked.submit("--gpus-per-node=2", "--cpus-per-task=4", "slurm/train.sh", *SHORT).done()
+    assert "2 ranks on cpu" in log, "a rank for each GPU, not for each core"
+
+
+def test_more_than_there_are(faked: Cluster) -> None:
+    """Of the header's four GPUs, and of nodes."""
+    for words in (
+        ("--cpus-per-task=1",),
+        ("--gpus-per-node=1", "--nodes=3"),
+        ("--gpus-per-node=1", "--cpus-per-task=9"),
+    ):
+        printed = faked.run("sbatch", *words, "slurm/train.sh", check=False)
+        assert "Requested node configuration is not available" in printed or "not available" in printed, printed
+        assert "Submitted" not in printed
+
+
+def test_two_jobs_share_a_node(faked: Cluster) -> None:
+    """Each sees its own GPU only."""
+    words = ("--gpus-per-node=1", "--nodelist=node1", "--wrap", "echo GPUs $CUDA_VISIBLE_DEVICES; sleep 2")
+    jobs = [faked.submit(*words) for _ in range(2)]
+    assert sorted(job.done().strip() for job in jobs) == ["GPUs 0", "GPUs 1"]
+
+
+@pytest.mark.parametrize("words", [("--gpus-per-node=0",), ("--gres=none",)])
+def test_none_where_there_are_some(faked: Cluster, words: tuple[str, ...]) -> None:
+    assert "Job" in faked.run("sbatch", "--test-only", *words, "--cpus-per-task=2", "slurm/train.sh")
+
+
+def test_none_where_there_are_none(cluster: Cluster) -> None:
+    """The header's line can be taken back by a zero; --gres=none is refused by such a cluster."""
+    size = ("--test-only", "--cpus-per-task=2", "slurm/train.sh")
+    assert "Invalid generic resource" in cluster.run("sbatch", *size, check=False)
+    assert "Job" in cluster.run("sbatch", "--gpus-per-node=0", *size)
+    assert "Invalid generic resource" in cluster.run("sbatch", "--gres=none", *size, check=False)
+
+
+def test_array_of_exports(cluster: Cluster, unbroken: Path) -> None:
+    """Three checkpoints over two tasks; one of them is damaged, which only its own task tells."""
+    for name in ("a", "b", "c"):
+        (cluster.work / name).mkdir()
+        shutil.copy(unbroken / "best.pth", cluster.work / name)
+    (cluster.work / "b" / "best.pth").write_bytes(b"no checkpoint")
+    paths = [f"{name}/best.pth" for name in ("a", "b", "c")]
+    size = ("--array=5-6", "--gpus-per-node=0", "--cpus-per-task=1")
+    job = cluster.submit(*size, "slurm/export.sh", *paths, "--", "--limit", "14", FER_EXPORT="export.onnx")
+    cluster.until(lambda: not cluster.run("squeue", "-h").strip(), "end of the array", 150)
+    logs = [(cluster.work / f"fer_export-{job.number}-{task}.log").read_text() for task in (5, 6)]
+    assert "export of a/best.pth" in logs[0]
+    assert "export of c/best.pth" in logs[0]
+    assert "b/best.pth: exit code 2; the others go on" in logs[1]
+    for name in ("a", "c"):
+        assert json.loads((cluster.work / name / "best.onnx.json").read_text())["kind"] == "onnx"
+    states = cluster.run("scontrol", "show", "job", job.number)
+    assert "JobState=COMPLETED" in states
+    assert "JobState=FAILED" in states
+
+
+def test_no_checkpoint(cluster: Cluster) -> None:
+    job = cluster.submit("--gpus-per-node=0", "slurm/export.sh", "--", "--limit", "14")
+    shown = job.end()
+    assert shown["ExitCode"] == "2:0"
+    assert "no checkpoint is named" in job.log
