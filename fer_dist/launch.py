@@ -47,7 +47,7 @@ def first_only(handler: Callable[[int, FrameType | None], Any]) -> Callable[[int
     It raises. At the third signal torchrun would leave its ranks alone in the middle of their save, and SLURM would
     end them; preemption alone sends two.
     """
-    told = []
+    told: list[int] = []
 
     def handle(number: int, frame: FrameType | None) -> None:
         if not told:

@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from tests.conftest import ROOT
 
@@ -172,7 +172,7 @@ class Cluster:
         assert self.own, "nodes without namespaces are this machine"
         return self.run("nsenter", "-t", self._nodes[node], "-m", "-n", "-u", "--", *command)
 
-    def submit(self, *words: str, **environment: str) -> "Job":
+    def submit(self, *words: str, **environment: Any) -> "Job":
         """`sbatch WORDS`; `environment` goes with the job."""
         printed = self.run("sbatch", *words, **environment)
         found = re.search(r"Submitted batch job (\d+)", printed)

@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 
 from tests.slurm.rig import TRAINING, Cluster
+from tests.test_readme import COMMANDS
 
+SBATCH = [line for line in COMMANDS if "sbatch " in line and "slurm/" in line and "container" not in line]
 SHORT = (*TRAINING, "--train.epochs", "1", "--train.steps_per_epoch", "2", "--train.device", "cpu")
 
 
 @pytest.fixture(scope="module")
 def faked(proctrack: str) -> Iterator[Cluster]:
-    """Two nodes with two GPUs each, as far as SLURM can see."""
-    with Cluster(proctrack, gpus=2) as cluster:
+    """Two nodes with four GPUs each, as far as SLURM can see."""
+    with Cluster(proctrack, gpus=4) as cluster:
         yield cluster
 
 
@@ -25,10 +27,20 @@ def test_ranks_are_those_of_the_gpus(faked: Cluster) -> None:
 
 
 def test_more_than_there_are(faked: Cluster) -> None:
-    """The header's four GPUs are too many for these nodes; so are nine cores."""
-    for words in ("--cpus-per-task=1", "--gpus-per-node=1 --cpus-per-task=9"):
+    """The nodes have four GPUs and four cores each; the header asks for eight cores."""
+    for words in ("--cpus-per-task=1 --gpus-per-node=5", ""):
         printed = faked.run("sbatch", *words.split(), "slurm/train.sh", check=False)
         assert "Requested node configuration is not available" in printed, printed
+
+
+@pytest.mark.parametrize("line", SBATCH)
+def test_lines_of_the_readme(faked: Cluster, line: str) -> None:
+    """SLURM takes each; with two nodes in the place of four, and the cores that these nodes have."""
+    words = line.replace("--nodes=4", "--nodes=2").replace("--partition=preemptible", "--partition=low").split()
+    at = next(i for i, word in enumerate(words) if word.startswith("slurm/"))
+    words[at:at] = ["--test-only", "--cpus-per-task=1"]
+    words = [word for word in words if "=" not in word or word.startswith("--")]  # FER_WITHIN=...
+    assert "to start at" in faked.run(*words)
 
 
 def test_two_jobs_share_a_node(faked: Cluster) -> None:
@@ -41,7 +53,7 @@ def test_two_jobs_share_a_node(faked: Cluster) -> None:
 def test_none_where_there_are_some(faked: Cluster) -> None:
     """The header's line is taken back by a zero, not by --gres=none."""
     size = ("--test-only", "--cpus-per-task=2", "slurm/train.sh")
-    assert "not available" in faked.run("sbatch", "--gres=none", *size, check=False)
+    assert "not available" in faked.run("sbatch", "--gres=none", "--gpus-per-node=5", *size, check=False)
     assert "to start at" in faked.run("sbatch", "--gpus-per-node=0", *size)
 
 

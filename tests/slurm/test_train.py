@@ -1,13 +1,14 @@
 """slurm/train.sh on two nodes: what it trains, what it survives, and when it does not come again."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.slurm.rig import TRAINING, Cluster, Job
 from tests.workers.runs import plain_lines, starts, state_hash
 
-SLOWLY = {"SLOW_STEP_S": "0.4"}
+SLOWLY: dict[str, Any] = {"SLOW_STEP_S": "0.4"}
 """Of the first start of a job, so that there is time to break it off."""
 
 
@@ -114,7 +115,7 @@ def test_a_cap_on_requeues(cluster: Cluster, tmp_path: Path) -> None:
     within = tmp_path / "touch_and_run"
     within.write_text('#!/bin/sh\ntouch "$1"; shift; exec "$@"\n')
     within.chmod(0o755)
-    hooks = {"FER_SETUP": str(setup), "FER_WITHIN": words.replace("touch_and_run", str(within))}
+    hooks: dict[str, Any] = {"FER_SETUP": str(setup), "FER_WITHIN": words.replace("touch_and_run", str(within))}
     job = cluster.train("capped", STOP_STEP="3", **hooks)
     shown = job.end()
     assert (shown["JobState"], shown["Restarts"]) == ("FAILED", "1"), job.told()
