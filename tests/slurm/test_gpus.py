@@ -27,9 +27,9 @@ def test_ranks_are_those_of_the_gpus(faked: Cluster) -> None:
 
 
 def test_more_than_there_are(faked: Cluster) -> None:
-    """The nodes have four GPUs and four cores each; the header asks for eight cores."""
-    for words in ("--cpus-per-task=1 --gpus-per-node=5", ""):
-        printed = faked.run("sbatch", *words.split(), "slurm/train.sh", check=False)
+    """The nodes have four GPUs each."""
+    for words in ("--gpus-per-node=5", "--nodes=2 --gpus-per-node=5"):
+        printed = faked.run("sbatch", *words.split(), "--cpus-per-task=1", "slurm/train.sh", check=False)
         assert "Requested node configuration is not available" in printed, printed
 
 

@@ -136,11 +136,18 @@ def test_without_scontrol(cluster: Cluster, tmp_path: Path) -> None:
     assert "stopped: SIGUSR1" in log
 
 
-def test_a_finished_run_is_not_requeued(cluster: Cluster) -> None:
-    """A signal that comes when all is done changes nothing."""
-    job = cluster.train("finished", settings=("--train.epochs", "1"), STOP_AT_END="1")
+def test_a_finished_run_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
+    """The signal comes when the ranks are done, and changes nothing."""
+    within = tmp_path / "within"
+    within.write_text(
+        '#!/bin/sh\ntrap : USR1\n"$@" || exit\ncase "$*" in *fer_dist.launch*)\n'
+        f"  scancel --signal=USR1 --batch $SLURM_JOB_ID && touch {tmp_path}/told; sleep 2 ;;\nesac\nexit 0\n"
+    )
+    within.chmod(0o755)
+    job = cluster.train("finished", settings=("--train.epochs", "1"), FER_WITHIN=str(within))
     shown = job.end()
     assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "0"), job.told()
+    assert (tmp_path / "told").exists()
     assert "best validation accuracy" in job.log
 
 

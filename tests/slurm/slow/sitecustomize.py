@@ -3,10 +3,8 @@
 SLOW_STEP_S   the first start of a job sleeps so long: there is time to break it off, and the numbers stay as they are
 CRASH_STEP    the process ends with a traceback
 STOP_STEP     in every start: the batch script is told to stop, as by a time limit
-STOP_AT_END   the same when the rank has done all
 """
 
-import atexit
 import os
 import subprocess
 import time
@@ -37,5 +35,3 @@ if "RANK" in os.environ and ASKED:
     from torch.optim.optimizer import register_optimizer_step_post_hook
 
     register_optimizer_step_post_hook(after_a_step)
-if os.environ.get("RANK") == "0" and "STOP_AT_END" in os.environ and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
-    atexit.register(tell_the_script)
