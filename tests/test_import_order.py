@@ -96,6 +96,7 @@ ORDER = (
     "fer_dist.evaluate",
     "fer_dist.audit",
     "fer_dist.checkpoint",
+    "fer_dist.launch",
     # beside fer_dist: they import it, never each other
     "export",
     "export.console",
@@ -138,6 +139,7 @@ ENTRIES = (
     "fer_dist.evaluate",
     "fer_dist.audit",
     "fer_dist.checkpoint",
+    "fer_dist.launch",
     "fer_dist.predict",
     "fer_dist.app",
     "export.onnx",
@@ -149,7 +151,7 @@ ENTRIES = (
 
 # A package, and the only modules (with what lies below them) that may name it.
 ONLY_IN = {
-    "torch.distributed": ("fer_dist.world",),
+    "torch.distributed": ("fer_dist.world", "fer_dist.launch"),  # the second is torchrun itself
     "ray": ("tune",),
     "tensorrt": ("export.engines", "fer_dist.serve.engine", "fer_dist.serve.ortsession"),
     "tensorrt_rtx": ("export.engines", "fer_dist.serve.engine"),
