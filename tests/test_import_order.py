@@ -84,10 +84,16 @@ ORDER = (
     "fer_dist.serve.ortsession",
     "fer_dist.serve.engine",
     "fer_dist.serve.runner",
+    "fer_dist.serve.faces",
+    "fer_dist.serve.predictor",
+    "fer_dist.serve.overlay",
+    "fer_dist.serve.listing",
+    "fer_dist.serve.records",
     # entries
     "fer_dist.train",
     "fer_dist.audit",
     "fer_dist.checkpoint",
+    "fer_dist.predict",
     # beside fer_dist: they import it, never each other
     "export",
     "export.console",
