@@ -84,6 +84,7 @@ ORDER = (
     "fer_dist.serve.ortsession",
     "fer_dist.serve.engine",
     "fer_dist.serve.runner",
+    "fer_dist.serve.photos",
     "fer_dist.serve.faces",
     "fer_dist.serve.predictor",
     "fer_dist.serve.overlay",

@@ -111,19 +111,18 @@ def decode_photo(raw: bytes, name: str = "", *, side: int) -> Photo:
         _one_giant if picture.width * picture.height > MAX_PIXELS else nullcontext(),
     ):
         width, height = picture.size
-        turned = 1
-        with suppress(Exception):  # EXIF is any bytes; without it a picture is as it is
-            turned = int(picture.getexif().get(_ORIENTATION, 1))
         small: Image.Image = picture
         if picture.mode.startswith("I"):
             small = Image.fromarray(_eight_bits(picture))
-        elif picture.has_transparency_data or picture.mode in ("P", "PA"):
+        elif picture.mode != "RGBA" and (picture.has_transparency_data or picture.mode in ("P", "PA")):
             small = picture.convert("RGBA")
         small.thumbnail((side, side), Image.Resampling.BILINEAR)
-        if small.mode in ("RGBA", "LA"):
-            small = small.convert("RGBA")
+        if small.mode == "RGBA":
             small = Image.alpha_composite(Image.new("RGBA", small.size, "white"), small)
         small = small.convert("RGB")
+        turned = 1
+        with suppress(Exception):  # EXIF is any bytes; without it a picture is as it is
+            turned = int(picture.getexif().get(_ORIENTATION, 1))
         if turned in _UPRIGHT:
             small = small.transpose(_UPRIGHT[turned])
             width, height = (height, width) if turned >= 5 else (width, height)

@@ -23,7 +23,7 @@ from PIL import Image
 from fer_dist.errors import UserError
 
 DETAIL = 960
-"""Longer side of the copy of a picture in which small faces are looked for [pixels]; above 1/15 of it, most are found."""
+"""Longer side of the copy of a picture in which small faces are looked for [pixels]; of 1/15 of it, most are found."""
 MOST_DETAIL = 4096
 MARGIN = 0.0
 """Room around a box, as a share of its longer side, on each side. Zero, as the box of YuNet is as high as the frame of

@@ -61,13 +61,12 @@ def _colour(face: Prediction, labels: Sequence[str]) -> str:
 
 
 def _frame(pen: ImageDraw.ImageDraw, box: Box, colour: str, line: int) -> None:
-    """A coloured line between two dark ones, to be seen on any ground."""
-    left, top, right, bottom = box.left, box.top, box.left + box.width, box.top + box.height
-    pen.rectangle((left - line, top - line, right + line, bottom + line), outline="#101418", width=3 * line)
-    inner = max(line, 2)
-    pen.rectangle(
-        (left - line // 2, top - line // 2, right + line // 2, bottom + line // 2), outline=colour, width=inner
-    )
+    """A coloured line with a thin dark edge, to be seen on any ground; all of it outside of the box."""
+    for out, ink, width in ((line + 1, "#101418", line + 2), (line, colour, line)):
+        corner = box.left + box.width + out - 1, box.top + box.height + out - 1
+        pen.rectangle(
+            (box.left - out, box.top - out, max(corner[0], box.left), max(corner[1], box.top)), outline=ink, width=width
+        )
 
 
 def _letters(size: tuple[int, int], box: Box | None) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -1,8 +1,6 @@
 """Pictures -> faces -> what a model says of each; used by `predict` and by the app."""
 
-import errno
 import os
-import stat
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,13 +12,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fer_dist.data.decoding import MAX_PHOTO_BYTES, Photo, decode_photo, require_size
+from fer_dist.data.decoding import Photo
 from fer_dist.errors import UserError
 from fer_dist.serve.faces import MARGIN, MOST_MARGIN, Box, Detector, Found, crop, whole
+from fer_dist.serve.photos import read_photo
 from fer_dist.serve.runner import Runner
 
-PHOTO_SIDE = 2048
-"""Longer side of a picture as it is held and annotated [pixels]; larger files are shrunk."""
 BATCH = 64
 """Faces that the model answers at once."""
 _HELD_BYTES = 2**27  # pictures that wait for their answers, where the caller wants them back
@@ -173,24 +170,6 @@ class Predictor:
         label = self.labels[int(np.argmax(probabilities_K))]
         box, confidence = found if found else (None, None)
         return Prediction(label=label, probabilities_K=tuple(probabilities_K), box=box, confidence=confidence)
-
-
-def read_photo(path: Path) -> Photo:
-    """A picture file of any size, as `decode_photo` has it, at most PHOTO_SIDE pixels long.
-
-    Raises:
-        UserError: it is missing, no regular file, unreadable, or no picture within the bounds.
-    """
-    try:
-        status = path.stat()
-        if not stat.S_ISREG(status.st_mode):  # a pipe would be waited for
-            raise OSError(errno.EINVAL, "is no regular file")
-        require_size(status.st_size, MAX_PHOTO_BYTES)
-        with path.open("rb") as file:
-            raw = file.read(MAX_PHOTO_BYTES + 1)  # it may have grown
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
-        raise UserError(f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    return decode_photo(raw, path.name, side=PHOTO_SIDE)
 
 
 def newest_model(runs: Path = Path("runs")) -> Path:
