@@ -74,10 +74,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if not 1 <= value <= MOST:
-        raise argparse.ArgumentTypeError(f"{text} is not within 1..{MOST}")
-    return value
+    if not text.isdecimal() or not 1 <= int(text[:9]) <= MOST:
+        raise argparse.ArgumentTypeError(f"{text} is not a number within 1..{MOST}")
+    return int(text)
 
 
 def _predict(given: argparse.Namespace, predictor: "Predictor") -> None:

@@ -42,16 +42,15 @@ def annotate(rgb_HW3: NDArray[np.uint8], faces: Sequence[Prediction], labels: Se
         _tag(pen, NO_FACE, _letters(picture.size, None), [(0, 0)], [], "#30363d")
         return picture
     boxes = [face.box.scaled(scale) if face.box else None for face in faces]
-    line = max(2, round(max(picture.size) / 400))
     taken: list[_Area] = []
     for face, box in zip(faces, boxes, strict=True):
         if box:
-            _frame(pen, box, _colour(face, labels), line)
+            _frame(pen, box, _colour(face, labels), _line(picture.size, box))
     # Labels come last, small faces first: theirs have the least room.
     for face, box in sorted(zip(faces, boxes, strict=True), key=lambda pair: pair[1].height if pair[1] else 0):
         text = f"{printable(face.label)} {100 * max(face.probabilities_K):.0f}%"
         font = _letters(picture.size, box)
-        places = _places(pen, text, font, box, line)
+        places = _places(pen, text, font, box, _line(picture.size, box))
         taken.append(_tag(pen, text, font, places, taken, _colour(face, labels)))
     return picture
 
@@ -67,6 +66,11 @@ def _frame(pen: ImageDraw.ImageDraw, box: Box, colour: str, line: int) -> None:
         pen.rectangle(
             (box.left - out, box.top - out, max(corner[0], box.left), max(corner[1], box.top)), outline=ink, width=width
         )
+
+
+def _line(size: tuple[int, int], box: Box | None) -> int:
+    """Width of a line that grows with the face [pixels]."""
+    return max(2, round(min(box.height / 45 if box else 0, max(size) / 160)))
 
 
 def _letters(size: tuple[int, int], box: Box | None) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -48,9 +48,8 @@ def test_the_box_is_around_the_face_and_not_on_it(label: str) -> None:
     picture = np.asarray(drawn((800, 600), face(Box(300, 200, 100, 120), label)))
     colour = np.array(ImageColor.getrgb(COLOURS[EXPRESSIONS.index(label)]))
     assert np.all(picture[200:320, 300:400] == 60), "the face itself is left alone"
-    assert np.all(picture[250, 298] == colour)
-    assert np.all(picture[250, 401] == colour)
-    assert np.all(picture[321, 350] == colour)
+    for row, column in ((250, 298), (250, 401), (321, 350)):
+        assert np.all(picture[row, column] == colour)
 
 
 def test_pixels_of_the_file_become_those_of_the_picture() -> None:
