@@ -29,6 +29,7 @@ from fer_dist.models import build_model
 from fer_dist.models.weights import read_state
 from fer_dist.serve.dataset import settings_of
 from fer_dist.serve.evaluation import Task, evaluate
+from fer_dist.predict import _main as predict
 from fer_dist.serve.runner import open_runner
 from fer_dist.spec import LabelSet
 from fer_dist.tensors import NotTensors, read_tensors
@@ -132,6 +133,7 @@ PLACES: dict[str, Callable[[Path], object]] = {
     "export": lambda path: sealed_for(path, lambda: export(Wish(path=path))),
     "export.parity": lambda path: sealed_for(path, lambda: settings_of(path)),
     "fer_dist.evaluate": lambda path: sealed_for(path, lambda: judged(path)),
+    "fer_dist.predict": lambda path: sealed_for(path, lambda: predict(["picture.png", "--model", str(path)])),
     "open_runner": lambda path: sealed_for(path, lambda: open_runner(path)),
 }
 
