@@ -27,9 +27,9 @@ from fer_dist.engine.history import newest
 from fer_dist.errors import UserError
 from fer_dist.models import build_model
 from fer_dist.models.weights import read_state
+from fer_dist.predict import _main as predict
 from fer_dist.serve.dataset import settings_of
 from fer_dist.serve.evaluation import Task, evaluate
-from fer_dist.predict import _main as predict
 from fer_dist.serve.runner import open_runner
 from fer_dist.spec import LabelSet
 from fer_dist.tensors import NotTensors, read_tensors
