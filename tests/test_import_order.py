@@ -97,6 +97,10 @@ ORDER = (
     "fer_dist.serve.overlay",
     "fer_dist.serve.listing",
     "fer_dist.serve.records",
+    "fer_dist.serve.measured",
+    "fer_dist.serve.viewer",
+    "fer_dist.serve.pagehtml",
+    "fer_dist.serve.page",
     # entries
     "fer_dist.train",
     "fer_dist.evaluate",
@@ -104,6 +108,7 @@ ORDER = (
     "fer_dist.checkpoint",
     "fer_dist.launch",
     "fer_dist.predict",
+    "fer_dist.app",
     # beside fer_dist: they import it, never each other
     "export",
     "export.console",
@@ -160,6 +165,7 @@ ENTRIES = (
 ONLY_IN = {
     "torch.distributed": ("fer_dist.world", "fer_dist.launch"),  # the second is torchrun itself
     "ray": ("tune",),
+    "gradio": ("fer_dist.serve.page",),
     "tensorrt": ("export.engines", "fer_dist.serve.engine", "fer_dist.serve.ortsession"),
     "tensorrt_rtx": ("export.engines", "fer_dist.serve.engine"),
     "tune": ("tune",),

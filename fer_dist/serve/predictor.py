@@ -1,6 +1,7 @@
 """Pictures -> faces -> what a model says of each; used by `predict` and by the app."""
 
 import os
+import threading
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -85,6 +86,7 @@ class Predictor:
         if not -0.4 <= margin <= MOST_MARGIN:
             raise UserError(f"margin is {margin}, expected -0.4..{MOST_MARGIN:g}", f"--margin {MARGIN:g}")
         self.runner, self.detector, self.margin = runner, detector, margin
+        self.lock = threading.Lock()  # held while the model answers: `photo` may be called from several threads
         self.labels = runner.spec.labels.names
 
     def photo(self, photo: Photo) -> tuple[Prediction, ...]:
@@ -153,7 +155,8 @@ class Predictor:
         told: list[list[float]] = []
         for begin in range(0, len(crops), batch):
             images_N1SS = torch.from_numpy(np.stack(crops[begin : begin + batch])[:, None])
-            told += self.runner.run(images_N1SS).probabilities_NK.tolist()
+            with self.lock:
+                told += self.runner.run(images_N1SS).probabilities_NK.tolist()
         rows = iter(told)
         for answer, found, _ in seen:
             faces = tuple(self._prediction(one, next(rows)) for one in found)
