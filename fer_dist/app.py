@@ -17,8 +17,8 @@ from fer_dist.errors import printable
 
 PROG = "python -m fer_dist.app"
 ABOUT = """\
-Serves a page on this machine alone: upload or paste a picture, or turn on the camera, and see which expression each face
-shows. Nothing leaves the machine; uploads are deleted. Ctrl-C ends it."""
+Serves a page on this machine alone: upload or paste a picture, or turn on the camera, and see which expression each
+face shows. Nothing leaves the machine; uploads are deleted. Ctrl-C ends it."""
 
 
 def main() -> None:

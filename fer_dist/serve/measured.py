@@ -21,7 +21,8 @@ class Measured(NamedTuple):
 
     def __str__(self) -> str:
         low, high = wilson(self.accuracy, self.count)
-        return f"{self.accuracy:.1%} accuracy ({100 * low:.1f} to {100 * high:.1f}) on {self.count:,} pictures: {self.data}"
+        range_95 = f"{100 * low:.1f} to {100 * high:.1f}"
+        return f"{self.accuracy:.1%} accuracy ({range_95}) on {self.count:,} pictures: {self.data}"
 
 
 def measured(runner: Runner) -> Measured | None:

@@ -2,8 +2,8 @@
 
 Gradio reads its settings from the environment when it is imported: `fer_dist.app` closes that first.
 
-Gradio's own reading of pictures is not used: it decodes any size and any format, fetches addresses from the network, and
-of a camera's frames believes any length. What arrives here is a file inside of the folder of uploads, or a frame.
+Gradio's own reading of pictures is not used: it decodes any size and any format, fetches addresses from the network,
+and of a camera's frames believes any length. What arrives here is a file inside of the folder of uploads, or a frame.
 """
 
 import base64

@@ -1,4 +1,4 @@
-"""One picture at a time, as the app shows it: faces, the picture with boxes, where the model looked; a camera smoothed."""
+"""One picture at a time, as the app shows it: faces in their boxes, where the model looked, a camera smoothed."""
 
 import math
 from collections import deque
