@@ -200,7 +200,7 @@ def _bounded(image: gr.Image) -> gr.Image:
     async def stay(path: str | Path | None) -> str | None:
         if path is None or "://" in str(path):  # an address: Gradio would fetch it
             raise gr.Error("upload the picture: addresses are not fetched", print_exception=False)
-        return str(path)  # Gradio has seen to it that it lies in the folder of uploads
+        return str(path)
 
     def preprocess(payload: Any) -> _Given:
         if payload is None:
@@ -208,13 +208,25 @@ def _bounded(image: gr.Image) -> gr.Image:
         try:
             if payload.url and payload.url.startswith("data:"):
                 return _frame(payload.url)
-            return read_photo(Path(payload.path or ""))
+            return read_photo(_uploaded(payload.path or ""))
         except UserError as error:
             return error
 
     image.async_move_resource_to_block_cache = stay  # type: ignore[method-assign]
     image.preprocess = preprocess  # type: ignore[method-assign, assignment]
     return image
+
+
+def _uploaded(path: str) -> Path:
+    """The file of an upload. Gradio looks, too, but only at what says of itself that it is a file.
+
+    Raises:
+        UserError: it lies elsewhere.
+    """
+    found = Path(path).resolve()
+    if not found.is_relative_to(Path(gr.utils.get_upload_folder()).resolve()):
+        raise UserError("this is no upload")
+    return found
 
 
 def _frame(url: str) -> Photo:

@@ -140,9 +140,9 @@ def test_a_picture_after_another(page: Any, folder: Path) -> None:
 
 def test_camera(page: Any) -> None:
     page.get_by_role("tab", name="Camera").click()
-    page.locator("#camera button").first.click()  # asks for the camera
+    page.get_by_text("Click to Access Webcam").click()
     page.locator("#camera video").wait_for(timeout=WAIT)
-    page.locator("#camera button[aria-label*='ecord'], #camera .button-wrap button").first.click()
+    page.get_by_text("Record").click()
     page.locator("#live .count").wait_for(timeout=WAIT)
     assert page.locator("#live .bar").count() == 7
     page.wait_for_function(
