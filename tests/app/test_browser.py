@@ -142,7 +142,7 @@ def test_camera(page: Any) -> None:
     page.get_by_role("tab", name="Camera").click()
     page.get_by_text("Click to Access Webcam").click()
     page.locator("#camera video").wait_for(timeout=WAIT)
-    page.get_by_text("Record").click()
+    page.locator("#camera .button-wrap button").first.click()  # Record
     page.locator("#live .count").wait_for(timeout=WAIT)
     assert page.locator("#live .bar").count() == 7
     page.wait_for_function(
