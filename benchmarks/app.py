@@ -34,8 +34,17 @@ def main() -> None:
         pictures = []
         for seed in range(7):
             pictures.append(Path(name) / f"{seed}.jpg")
-            Image.fromarray(scene([200, 120][: 1 + seed % 2], seed).rgb_HW3).save(pictures[-1], quality=90)
-        words = [sys.executable, "-m", "fer_dist.app", "--model", given.model, "--port", str(given.port), "--no-browser"]
+            Image.fromarray(scene([180, 120][: 1 + seed % 2], seed).rgb_HW3).save(pictures[-1], quality=90)
+        words = [
+            sys.executable,
+            "-m",
+            "fer_dist.app",
+            "--model",
+            given.model,
+            "--port",
+            str(given.port),
+            "--no-browser",
+        ]
         app = subprocess.Popen(words, stdout=subprocess.PIPE, text=True)
         try:
             assert app.stdout is not None
@@ -86,7 +95,10 @@ def _load(address: str, pictures: list[Path], clients: int, seconds: float, pid:
     for thread in threads:
         thread.join()
     p50, p95 = np.percentile(times, [50, 95])
-    print(f"{clients} clients, {seconds:.0f} s: {len(times):,} answers, {len(times) / seconds:.1f} a second, {len(errors)} errors")
+    print(
+        f"{clients} clients, {seconds:.0f} s: {len(times):,} answers, {len(times) / seconds:.1f} a second, "
+        f"{len(errors)} errors"
+    )
     print(f"  answer: median {1000 * p50:.0f} ms, p95 {1000 * p95:.0f} ms")
     print(f"  memory of the app [MiB]: {' '.join(f'{value:.0f}' for value in memory)}", flush=True)
     for error in sorted(set(errors))[:5]:

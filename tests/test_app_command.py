@@ -18,9 +18,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *argv: object) -> int:
     return left.value.code
 
 
-def test_without_a_model(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
     assert command(monkeypatch) == 2
     assert capsys.readouterr().err.endswith("there is no runs/*/best.pth\n  -> make demo, or --model FILE\n")

@@ -42,7 +42,9 @@ def ask(client: gradio_client.Client, path: Path) -> dict[str, object]:
     return answer
 
 
-@pytest.mark.parametrize(("name", "count", "width"), [("one.png", 1, 640), ("none.png", 0, 640), ("several.png", 3, 960)])
+@pytest.mark.parametrize(
+    ("name", "count", "width"), [("one.png", 1, 640), ("none.png", 0, 640), ("several.png", 3, 960)]
+)
 def test_the_api(client: gradio_client.Client, folder: Path, name: str, count: int, width: int) -> None:
     answer = ask(client, folder / name)
     assert answer["width"] == width
@@ -130,9 +132,7 @@ def test_long_messages_and_uploads(address: str) -> None:
 def test_a_long_message_of_unsaid_length_is_cut_off(address: str) -> None:
     """Chunked: no Content-Length says it beforehand."""
     with pytest.raises(httpx.HTTPError):  # noqa: PT012
-        answer = httpx.post(
-            f"{address}gradio_api/call/predict", content=(b"x" * 2**20 for _ in range(20)), timeout=60
-        )
+        answer = httpx.post(f"{address}gradio_api/call/predict", content=(b"x" * 2**20 for _ in range(20)), timeout=60)
         answer.raise_for_status()
 
 
