@@ -87,7 +87,8 @@ def build(viewer: Viewer, known: Measured | None) -> gr.Blocks:
         except UserError as error:
             raise gr.Error(error.problem, print_exception=False) from None
 
-    with gr.Blocks(title="fer_dist", analytics_enabled=False, delete_cache=(60, KEPT_S)) as page:
+    page: gr.Blocks = gr.Blocks(title="fer_dist", analytics_enabled=False, delete_cache=(60, KEPT_S))
+    with page:
         gr.Markdown("# Which expression does a face show?")
         with gr.Tabs():
             with gr.Tab("Picture", id="picture"), gr.Row():
@@ -212,7 +213,7 @@ def _bounded(image: gr.Image) -> gr.Image:
         except UserError as error:
             return error
 
-    image.async_move_resource_to_block_cache = stay  # type: ignore[method-assign]
+    image.async_move_resource_to_block_cache = stay  # type: ignore[method-assign, assignment]
     image.preprocess = preprocess  # type: ignore[method-assign, assignment]
     return image
 
