@@ -30,10 +30,13 @@ demo: install  ## train patt_lite on drawn faces with two ranks: under 3 minutes
 test: install  ## run the tests
 	$(BIN)/python -m pytest $(PYTEST)
 
-check: install  ## format, lint, types, and the order of imports
+check: install  ## format, lint, types, shell scripts, and the order of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	@command -v shellcheck >/dev/null || { echo "error: make check needs shellcheck" >&2; \
+	  echo "  -> apt-get install shellcheck (or https://www.shellcheck.net)" >&2; exit 2; }
+	shellcheck -x -P . slurm/*.sh .ci/run
 	$(BIN)/python -m pytest -q tests/test_import_order.py
 
 format: install  ## put the code into the form that `make check` wants

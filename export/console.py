@@ -1,4 +1,4 @@
-"""What the export commands have in common: their arguments."""
+"""The arguments that the export commands have in common."""
 
 import argparse
 from dataclasses import dataclass, fields

@@ -18,7 +18,7 @@ from fer_dist.data.cache import cache_dir
 from fer_dist.engine.checkpoint import write_atomically
 from fer_dist.errors import UserError
 from fer_dist.extras import require
-from fer_dist.serve.artifact import INPUT, LOGITS, PROBABILITIES
+from fer_dist.serve.artifact import ATTENTION, INPUT, LOGITS, PROBABILITIES
 from fer_dist.serve.engine import FLAVOURS, quiet_log
 from fer_dist.spec import ModelSpec
 
@@ -93,6 +93,9 @@ class EngineBuilder:
     def _check(self, network: Any, spec: ModelSpec, name: str) -> None:
         """The parsed network has the contract's inputs and outputs. Raises UserError where it has not."""
         trt, side, classes = self.trt, spec.input.size, len(spec.labels)
+        for output in [network.get_output(i) for i in range(network.num_outputs)]:
+            if output.name == ATTENTION:  # what it takes is for the classes: TensorRT drops what is only for this
+                network.unmark_output(output)
         tensors = [network.get_input(i) for i in range(network.num_inputs)]
         tensors += [network.get_output(i) for i in range(network.num_outputs)]
         found = [(tensor.name, tensor.dtype, tuple(tensor.shape)) for tensor in tensors]

@@ -8,10 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from export.answers import Answers, Pictures
+from export.answers import Answers
 from fer_dist.engine.metrics import Metrics
 from fer_dist.errors import Rejected, UserError, printable
 from fer_dist.serve.artifact import Precision
+from fer_dist.serve.dataset import Pictures
 from fer_dist.serve.runner import Runner
 from fer_dist.spec import ModelSpec
 

@@ -1,4 +1,4 @@
-"""From a model to one ONNX graph: stored pictures in, logits and probabilities out."""
+"""From a model to one ONNX graph: stored pictures in, logits, probabilities and, of some, attention out."""
 
 import warnings
 from typing import Any
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fer_dist.errors import UserError
 from fer_dist.models.base import FaceModel
-from fer_dist.serve.artifact import INPUT, LOGITS, PROBABILITIES, onnx_metadata
+from fer_dist.serve.artifact import ATTENTION, INPUT, LOGITS, PROBABILITIES, onnx_metadata
 from fer_dist.spec import ModelSpec
 from fer_dist.tensors import first_line
 
@@ -20,15 +20,22 @@ EXAMPLES = 2
 
 
 class Exported(nn.Module):
-    """A model as it is exported: uint8 `[N, 1, S, S]` -> float32 logits and probabilities, `[N, K]` each."""
+    """A model as it is exported: uint8 `[N, 1, S, S]` -> float32 logits and probabilities, `[N, K]` each.
+
+    And where the architecture has one to show, the attention over its patches, `[N, h, w]`.
+    """
 
     def __init__(self, model: FaceModel) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        logits_NK = self.model(images).float()
-        return logits_NK, logits_NK.softmax(1)
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        if not self.model.shows_attention:
+            logits_NK = self.model(images).float()
+            return logits_NK, logits_NK.softmax(1)
+        logits_NK, attention_NHW = self.model.with_attention(images)
+        logits_NK = logits_NK.float()
+        return logits_NK, logits_NK.softmax(1), attention_NHW.float()
 
 
 def to_onnx(model: FaceModel, checkpoint_sha256: str) -> onnx.ModelProto:
@@ -42,14 +49,16 @@ def to_onnx(model: FaceModel, checkpoint_sha256: str) -> onnx.ModelProto:
         UserError: torch's exporter does not take the network.
     """
     model.float().set_attn_implementation("eager")
-    graph = trace(Exported(model).eval(), model.spec)
-    onnx.helper.set_model_props(graph, onnx_metadata(model.spec, precision="fp32", checkpoint_sha256=checkpoint_sha256))
+    attends = model.shows_attention
+    graph = trace(Exported(model).eval(), model.spec, attends=attends)
+    properties = onnx_metadata(model.spec, precision="fp32", checkpoint_sha256=checkpoint_sha256, attends=attends)
+    onnx.helper.set_model_props(graph, properties)
     check(graph, model.spec)
     return graph
 
 
-def trace(exported: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
-    """What torch's exporter makes of pictures -> (logits, probabilities).
+def trace(exported: nn.Module, spec: ModelSpec, *, attends: bool = False) -> onnx.ModelProto:
+    """What torch's exporter makes of pictures -> (logits, probabilities), or with attention as the third.
 
     Raises:
         UserError: it does not take the network.
@@ -66,7 +75,7 @@ def trace(exported: nn.Module, spec: ModelSpec) -> onnx.ModelProto:
                 verbose=False,
                 opset_version=OPSET,
                 input_names=[INPUT],
-                output_names=[LOGITS, PROBABILITIES],
+                output_names=[LOGITS, PROBABILITIES, *([ATTENTION] if attends else [])],
                 dynamic_shapes=({0: torch.export.Dim("batch", min=1)},),
                 external_data=False,
             )
@@ -85,12 +94,20 @@ def check(graph: onnx.ModelProto, spec: ModelSpec) -> None:
     onnx.checker.check_model(graph, full_check=True)
     found = [_shape(value) for value in (*graph.graph.input, *graph.graph.output)]
     side, classes = spec.input.size, len(spec.labels)
-    expected = [(INPUT, [1, side, side]), (LOGITS, [classes]), (PROBABILITIES, [classes])]
+    expected: list[tuple[str, list[Any]]] = [(INPUT, [1, side, side]), (LOGITS, [classes]), (PROBABILITIES, [classes])]
+    if has_attention(graph):
+        *_, (_, (_, *grid)) = found
+        expected.append((ATTENTION, grid if [type(side) for side in grid] == [int, int] else ["h", "w"]))
     if [(name, dims[1:]) for name, dims in found] != expected or not all(isinstance(d[0], str) for _, d in found):
         raise UserError(
             f"torch's exporter made {found} of {spec.arch}, not {expected} with a free batch",
             "another architecture, or another version of torch",
         )
+
+
+def has_attention(graph: onnx.ModelProto) -> bool:
+    """Whether a graph has the output `attention`."""
+    return any(output.name == ATTENTION for output in graph.graph.output)
 
 
 def _shape(value: onnx.ValueInfoProto) -> tuple[str, list[Any]]:

@@ -12,17 +12,18 @@ from typing import Any, Literal, Protocol
 
 import onnx
 
-from export.answers import Answers, Pictures, ask_aloud
+from export.answers import Answers, ask_aloud
 from export.console import Wish
 from export.delivery import deliver, put
 from export.gate import ParityReport, compare, require_same_model, show, tolerance_of
-from export.graph import to_onnx
+from export.graph import has_attention, to_onnx
 from export.precision import CannotRewriteError, Form, to_float16, to_int8
 from export.source import Source
 from fer_dist.console import say
 from fer_dist.errors import UserError
 from fer_dist.extras import versions
 from fer_dist.serve.artifact import ExportedModel, Precision, file_sha256, sidecar, sidecar_json
+from fer_dist.serve.dataset import Pictures
 from fer_dist.serve.runner import open_runner
 from fer_dist.spec import ModelSpec
 
@@ -183,7 +184,8 @@ class Maker:
         """Judge a graph and give it the name that it deserves; the caller asks `report.require()`."""
         target = self.source.name(precision, ".onnx")
         raw = model.SerializeToString(deterministic=True)
-        exported = replace(self._exported("onnx", precision, raw, parent, parent_sha256), **more)
+        exported = self._exported("onnx", precision, raw, parent, parent_sha256)
+        exported = replace(exported, attends=has_attention(model), **more)
         made = self.shop / target.name
         put(made, raw)
         report = self._judge(made)

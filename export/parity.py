@@ -28,10 +28,10 @@ def _main(argv: Sequence[str]) -> None:
     add_data(parser)
     given = parser.parse_args(argv)
 
-    from export.answers import ask_aloud, open_data
+    from export.answers import ask_aloud
     from export.gate import compare, require_same_model, show, tolerance_of
-    from export.source import settings_of
     from fer_dist.serve.artifact import PRECISIONS
+    from fer_dist.serve.dataset import open_data, settings_of
     from fer_dist.serve.runner import open_runner
 
     tolerance_of("fp32", given.tolerance)  # a wrong text is told before the work

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from export.answers import Pictures, ask_aloud, open_data
+from export.answers import ask_aloud
 from export.console import Wish
 from export.delivery import workshop
 from export.gate import tolerance_of
@@ -11,6 +11,7 @@ from export.source import Source, open_source
 from fer_dist.console import say
 from fer_dist.errors import UserError
 from fer_dist.serve.artifact import Precision
+from fer_dist.serve.dataset import Pictures, open_data
 from fer_dist.serve.runner import open_runner
 
 

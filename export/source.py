@@ -6,15 +6,13 @@ from typing import Any
 
 import onnx
 
-from export.answers import data_settings
 from fer_dist.console import say
 from fer_dist.engine.checkpoint import Checkpoint, load
 from fer_dist.errors import UserError
-from fer_dist.serve.artifact import ExportedModel, Precision, file_sha256, read_sidecar, sidecar
+from fer_dist.serve.artifact import ExportedModel, Precision, file_sha256, sidecar
+from fer_dist.serve.dataset import CHECKPOINTS, data_settings, read_beside
 from fer_dist.serve.onnxfile import read_onnx
 from fer_dist.spec import ModelSpec
-
-CHECKPOINTS = (".pth", ".safetensors")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +67,7 @@ def open_source(path: Path) -> Source:
             "name a checkpoint such as runs/NAME/best.pth",
         )
     opened = read_onnx(path)
-    beside = _beside(path)
+    beside = read_beside(path)
     return Source(
         path=path,
         spec=opened.spec,
@@ -80,35 +78,6 @@ def open_source(path: Path) -> Source:
         graph=opened.model,
         made=beside.made if beside else (),
         calibration=beside.calibration if beside else {},
-    )
-
-
-def settings_of(path: Path) -> dict[str, Any]:
-    """Of the data set that an artifact's model was judged on (`data_settings`); empty: unknown.
-
-    Raises:
-        UserError: the artifact or its sidecar cannot be read.
-    """
-    if path.suffix in CHECKPOINTS:
-        return data_settings(load(path).config)
-    beside = _beside(path)
-    return beside.data if beside else {}
-
-
-def _beside(path: Path) -> ExportedModel | None:
-    """The sidecar of an artifact, if there is one.
-
-    Raises:
-        UserError: it is about another file.
-    """
-    if not sidecar(path).exists():
-        return None
-    found = read_sidecar(path)
-    if found.sha256 == file_sha256(path):
-        return found
-    raise UserError(
-        f"{sidecar(path)} is about another file than {path.name}: one of them has changed",
-        "export it again: python -m export.onnx best.pth",
     )
 
 

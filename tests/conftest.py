@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A machine that is lent for its GPU may lack ONNX Runtime: `pytest -m gpu` runs the rest there.
 collect_ignore_glob = (
-    [] if find_spec("onnxruntime") else ["export/*.py", "serve/*.py", "faults/test_hostile_pickles.py"]
+    []
+    if find_spec("onnxruntime")
+    else ["export/*.py", "serve/*.py", "faults/test_hostile_pickles.py", "test_predict_command.py"]
 )
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts a job in the background

@@ -19,6 +19,7 @@ from PIL import Image
 from fer_dist.data.synthetic import draw_faces
 from fer_dist.spec import EXPRESSIONS
 from tests.conftest import ROOT
+from tests.scenes import scene
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines() if line]
@@ -33,7 +34,7 @@ TINY = {"vit": f"{ENCODER} {DEPTH}", "vit_mae": f"{ENCODER} {DEPTH} --train.micr
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A user's folder, with a small fer2013.csv and archive.zip in it."""
+    """A user's folder, with a small fer2013.csv and archive.zip in it, and pictures."""
     folder = tmp_path_factory.mktemp("user")
     faces = draw_faces(105, 35, 0, seed=3)
     usage = ("Training", "PublicTest", "PrivateTest")
@@ -45,6 +46,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i, (image_HW, label, part) in enumerate(zip(faces.images_NHW, faces.labels_N, faces.usage_N, strict=True)):
             with archive.open(f"{('train', 'test')[part]}/{EXPRESSIONS[label]}/{usage[part]}_{i}.png", "w") as file:
                 Image.fromarray(np.asarray(image_HW)).save(file, format="png")
+    for name in ("photos", "crops"):
+        (folder / name).mkdir()
+    drawn = Image.fromarray(scene([150, 100], 1).rgb_HW3)
+    for name in ("photo.jpg", "photos/party.jpg"):
+        drawn.save(folder / name)
+    Image.fromarray(faces.images_NHW[0]).save(folder / "crops" / "1.png")
     return folder
 
 
@@ -77,7 +84,8 @@ def shortened(command: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "command", [c for c in COMMANDS if not c.startswith("make") and "--nnodes" not in c and "pytest" not in c]
+    "command",
+    [c for c in COMMANDS if not c.startswith("make") and all(x not in c for x in ("--nnodes", "pytest", "slurm/"))],
 )
 def test_command(command: str, folder: Path) -> None:
     if re.search(r" best\.(pth|onnx)", command) and not (folder / "best.pth").exists():

@@ -153,3 +153,9 @@ def evaluation_batches(
         rows = rows_M[begin : min(begin + batch, mine.stop)]
         images = torch.from_numpy(faces.images_NHW[rows]).unsqueeze(1).to(device)
         yield images, torch.from_numpy(faces.labels_N[rows]).to(device)
+
+
+def evaluation_blocks(faces: Faces, rows_M: NDArray[np.int64], *, batch: int, rank: int, size: int) -> Iterator[Tensor]:
+    """A rank's share of some rows in whole batches, uint8 `[N, 1, S, S]`: what is in them is the same at any size."""
+    for block in share(math.ceil(len(rows_M) / batch), rank, size):
+        yield torch.from_numpy(faces.images_NHW[rows_M[block * batch : (block + 1) * batch]]).unsqueeze(1)

@@ -1,5 +1,6 @@
-"""The pictures of a run folder: curves and confusion matrix (Agg canvases, no global state)."""
+"""The pictures of runs and reports: curves, confusion matrix, reliability (Agg canvases, no global state)."""
 
+import io
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
+from fer_dist.engine.calibration import Calibration
 from fer_dist.engine.checkpoint import write_atomically
 
 INK, BLUE, ORANGE = "#1b1f24", "#1f6feb", "#d9730d"
@@ -14,6 +16,13 @@ INK, BLUE, ORANGE = "#1b1f24", "#1f6feb", "#d9730d"
 
 def curves(records: list[dict[str, Any]], path: Path, title: str) -> None:
     """Loss, accuracy and learning rate over the epochs, as a PNG."""
+    figure = curves_figure(records)
+    figure.suptitle(title, color=INK, x=0.01, ha="left")
+    _save(figure, path)
+
+
+def curves_figure(records: list[dict[str, Any]]) -> Figure:
+    """The same without a title, to be shown elsewhere; see `png`."""
     epochs = [record["epoch"] for record in records]
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     loss, accuracy, rate = figure.subplots(1, 3)
@@ -37,8 +46,39 @@ def curves(records: list[dict[str, Any]], path: Path, title: str) -> None:
         axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
     loss.legend(frameon=False)
     accuracy.legend(frameon=False, loc="lower right")
-    figure.suptitle(title, color=INK, x=0.01, ha="left")
-    _save(figure, path)
+    return figure
+
+
+def reliability_figure(found: Calibration) -> Figure:
+    """How often answers are right, by how sure they are, and how many are how sure."""
+    bins = len(found.count_B)
+    centre_B = (np.arange(bins) + 0.5) / bins
+    there_B = found.count_B > 0
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    right, many = figure.subplots(1, 2)
+    width = 0.92 / bins
+    right.bar(centre_B[there_B], found.accuracy_B[there_B], width, color=BLUE, label="accuracy")
+    right.plot([0, 1], [0, 1], color=INK, linewidth=1, linestyle="--", label="as sure as right")
+    right.plot(found.confidence_B[there_B], found.accuracy_B[there_B], "o", color=ORANGE, markersize=4, label="bins")
+    right.set_ylim(0, 1)
+    right.set_title(f"share that is right; expected calibration error {100 * found.ece:.1f}%", loc="left", fontsize=10)
+    right.legend(frameon=False, loc="upper left")
+    many.bar(centre_B, found.count_B, width, color=BLUE)
+    many.set_title("pictures", loc="left", fontsize=10)
+    for axes in (right, many):
+        axes.set_xlabel("confidence: probability of the answer")
+        axes.set_xlim(0, 1)
+        axes.grid(axis="y", color="#e1e4e8", linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def png(figure: Figure) -> bytes:
+    """A figure as the bytes of a PNG."""
+    memory = io.BytesIO()
+    figure.savefig(memory, format="png", dpi=110)
+    return memory.getvalue()
 
 
 def confusion(confusion_KK: NDArray[np.int64], names: tuple[str, ...], path: Path, title: str) -> None:

@@ -25,6 +25,8 @@ STARTS = "starts.jsonl"
 """A line for each start of a run."""
 HOLD_S = 30.0
 """How long a start waits for another process to leave the run folder."""
+REQUEUED_HOLD_S = 120.0
+"""The same after a requeue of SLURM: NFS keeps the lock of a node that has died for 90 s."""
 
 
 def open_run(config: Config, world: World) -> tuple[Path, bool]:
@@ -56,7 +58,8 @@ class Hold:
             self._file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
         except OSError as error:
             raise UserError(f"cannot write {path}: {error.strerror}", "free some space, or --run.dir FOLDER") from None
-        deadline = time.monotonic() + HOLD_S
+        patience = REQUEUED_HOLD_S if _requeued() else HOLD_S
+        deadline = time.monotonic() + patience
         while True:
             try:
                 return fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -66,7 +69,7 @@ class Hold:
             if time.monotonic() > deadline:
                 self.release()
                 raise UserError(
-                    f"another process writes into {folder} and has not left within {HOLD_S:.0f} s",
+                    f"another process writes into {folder} and has not left within {patience:.0f} s",
                     "wait for it or end it, or another --run.name",
                 )
             time.sleep(0.1)
@@ -99,7 +102,7 @@ def write_json(path: Path, content: dict[str, Any]) -> None:
 
 def _decide(config: Config, world: World) -> tuple[Path, bool]:
     base = Path(config.run.dir)
-    requeued = int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
+    requeued = _requeued()
 
     def ours(folder: Path) -> bool:  # a restart must not enter a folder that its first start was refused
         made_by, now = _launch_of(folder), _launch(config, world)
@@ -122,6 +125,11 @@ def _decide(config: Config, world: World) -> tuple[Path, bool]:
     if folder.exists() and again and (ours(folder) or config.run.resume == "auto"):
         return folder, True
     return _make([folder], config, world), False
+
+
+def _requeued() -> bool:
+    """Whether SLURM has started this job again."""
+    return int(os.environ.get("SLURM_RESTART_COUNT", "0")) > 0
 
 
 def _make(candidates: list[Path], config: Config, world: World) -> Path:

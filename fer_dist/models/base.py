@@ -94,6 +94,17 @@ class FaceModel(nn.Module):
         logits_NK: Tensor = self.network(self.preprocess(images_N1SS))
         return logits_NK
 
+    @property
+    def shows_attention(self) -> bool:
+        """Whether `with_attention` is there for this architecture."""
+        return hasattr(self.network, "with_attention")
+
+    def with_attention(self, images_N1SS: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits, and the part that each place of the network's grid has in the attention: `[N, h, w]`, sum 1."""
+        network: Any = self.network
+        found: tuple[Tensor, Tensor] = network.with_attention(self.preprocess(images_N1SS))
+        return found
+
     def freeze(self, depth: int) -> Self:
         """Freeze the stem and the first `depth` blocks (0: nothing); frozen batch-norm stays in evaluation mode.
 

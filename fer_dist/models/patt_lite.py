@@ -14,6 +14,7 @@ from collections import OrderedDict
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torchvision.models import MobileNet_V2_Weights, mobilenet_v2
 
 from fer_dist.config import ModelConfig
@@ -55,9 +56,35 @@ class PattLite(nn.Module):
         self.classifier = nn.Linear(channels, classes)
 
     def forward(self, pixels_N3HW: Tensor) -> Tensor:
+        patches_NPD = self.patches(self.features(pixels_N3HW)).flatten(2).transpose(1, 2)
+        attended_NPD, _ = self.attention(patches_NPD, patches_NPD, patches_NPD, need_weights=False)
+        return self._classify(patches_NPD, attended_NPD)
+
+    def with_attention(self, pixels_N3HW: Tensor) -> tuple[Tensor, Tensor]:
+        """The logits, but for rounding those of `forward`, and the part that each patch has in the attention.
+
+        Parts are `[N, h, w]` and sum to 1: attention weights times the norms of the values that they move, a mean over
+        the patches that ask, summed over heads. After Kobayashi et al., "Attention is Not Only a Weight" (2020),
+        arXiv:2004.10102, who take the norms behind the output projection. Weights alone mislead: a head with nothing
+        to say looks at a patch whose value is nearly zero.
+        """
         map_NDHW = self.patches(self.features(pixels_N3HW))
         patches_NPD = map_NDHW.flatten(2).transpose(1, 2)
-        attended_NPD, _ = self.attention(patches_NPD, patches_NPD, patches_NPD, need_weights=False)
+        attended_NPD, parts_NP = self._attend(patches_NPD)
+        return self._classify(patches_NPD, attended_NPD), parts_NP.reshape(-1, *map_NDHW.shape[2:])
+
+    def _attend(self, patches_NPD: Tensor) -> tuple[Tensor, Tensor]:
+        """What `self.attention` answers, without dropout, and the part of each patch in it, `[N, P]`."""
+        layer = self.attention
+        all_three = F.linear(patches_NPD, layer.in_proj_weight, layer.in_proj_bias)
+        query_NHPE, key_NHPE, value_NHPE = all_three.unflatten(2, (3, layer.num_heads, -1)).permute(2, 0, 3, 1, 4)  # type: ignore[no-untyped-call]
+        weights_NHPP = (query_NHPE @ key_NHPE.transpose(2, 3) * layer.head_dim**-0.5).softmax(-1)
+        attended_NPD = layer.out_proj((weights_NHPP @ value_NHPE).transpose(1, 2).flatten(2))
+        parts_NP = (weights_NHPP.mean(2) * value_NHPE.norm(dim=-1)).sum(1)
+        # Where all values are zero, so are the parts; float16 holds this bound.
+        return attended_NPD, parts_NP / parts_NP.sum(1, keepdim=True).clamp_min(2**-14)
+
+    def _classify(self, patches_NPD: Tensor, attended_NPD: Tensor) -> Tensor:
         mean_ND = self.norm(patches_NPD + attended_NPD).mean(dim=1)
         logits_NK: Tensor = self.classifier(self.dropout(mean_ND))
         return logits_NK

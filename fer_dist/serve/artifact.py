@@ -16,7 +16,8 @@ from fer_dist.spec import ModelSpec
 FORMAT = 1
 PRECISIONS = ("fp32", "fp16", "int8", "int8.cpu")
 """What an artifact computes in. `int8` is quantised as TensorRT reads it, `int8.cpu` as CPUs are fast at it."""
-INPUT, LOGITS, PROBABILITIES = "images", "logits", "probabilities"
+INPUT, LOGITS, PROBABILITIES, ATTENTION = "images", "logits", "probabilities", "attention"
+"""Names of the input and the outputs; attention only in ONNX files, of architectures that have one to show."""
 MOST_SIDECAR = 2**20
 """Longest JSON file beside an artifact that is read [bytes]."""
 
@@ -42,6 +43,7 @@ class ExportedModel:
         made: what the precision took, one sentence each: layers kept in float32, calibration, fall-backs.
         calibration: method, count, seed and data of the calibration; empty but for int8.
         parity: the report of the gate, plain values; empty: not measured.
+        attends: whether the file has the output `attention`.
     """
 
     kind: Literal["onnx", "engine"]
@@ -58,11 +60,12 @@ class ExportedModel:
     made: tuple[str, ...] = ()
     calibration: dict[str, Any] = field(default_factory=dict)
     parity: dict[str, Any] = field(default_factory=dict)
+    attends: bool = False
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values as they are stored, with the input contract spelt out for readers without fer_dist."""
         plain = asdict(self) | {"spec": self.spec.to_dict(), "batch": list(self.batch), "made": list(self.made)}
-        return {"fer_dist_artifact": FORMAT, **plain, "contract": contract(self.spec)}
+        return {"fer_dist_artifact": FORMAT, **plain, "contract": contract(self.spec, attends=self.attends)}
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> "ExportedModel":
@@ -95,14 +98,16 @@ class ExportedModel:
             bytes=plain["bytes"],
             batch=batch,
             made=made,
+            attends=plain.get("attends") is True,  # files of before had no such output
             **texts,
             **tables,
         )
 
 
-def contract(spec: ModelSpec) -> dict[str, Any]:
+def contract(spec: ModelSpec, *, attends: bool = False) -> dict[str, Any]:
     """What goes in and what comes out, for people and programs that do not have fer_dist."""
     side, classes = spec.input.size, len(spec.labels)
+    attention = {"dtype": "float32", "shape": ["N", "h", "w"], "values": "part of each patch in it; sums to 1"}
     return {
         "input": {
             "name": INPUT,
@@ -113,12 +118,15 @@ def contract(spec: ModelSpec) -> dict[str, Any]:
         "outputs": {
             LOGITS: {"dtype": "float32", "shape": ["N", classes]},
             PROBABILITIES: {"dtype": "float32", "shape": ["N", classes], "values": "softmax of the logits"},
+            **({ATTENTION: attention} if attends else {}),
         },
         "labels": list(spec.labels.names),
     }
 
 
-def onnx_metadata(spec: ModelSpec, *, precision: Precision, checkpoint_sha256: str) -> dict[str, str]:
+def onnx_metadata(
+    spec: ModelSpec, *, precision: Precision, checkpoint_sha256: str, attends: bool = False
+) -> dict[str, str]:
     """Name -> text of an ONNX file's metadata_props: ours as JSON, and the contract in plain names."""
     ours = {
         "format": FORMAT,
@@ -126,7 +134,7 @@ def onnx_metadata(spec: ModelSpec, *, precision: Precision, checkpoint_sha256: s
         "precision": precision,
         "checkpoint_sha256": checkpoint_sha256,
     }
-    told = contract(spec)
+    told = contract(spec, attends=attends)
     return {
         "fer_dist": json.dumps(ours),
         "labels": json.dumps(told["labels"]),

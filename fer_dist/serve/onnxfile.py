@@ -18,7 +18,7 @@ import onnx
 from onnx import ModelProto, TensorProto
 
 from fer_dist.errors import UserError, printable
-from fer_dist.serve.artifact import INPUT, LOGITS, PROBABILITIES, Precision, read_onnx_metadata
+from fer_dist.serve.artifact import ATTENTION, INPUT, LOGITS, PROBABILITIES, Precision, read_onnx_metadata
 from fer_dist.serve.onnxshapes import NoShape, Shapes, check_graph, infer
 from fer_dist.spec import ModelSpec
 
@@ -61,12 +61,14 @@ class OnnxFile:
     Attributes:
         model: the graph; unknown fields are gone.
         spec, precision, checkpoint_sha256: out of its metadata.
+        attention: rows and columns of the output of that name; None: there is no such output.
     """
 
     model: ModelProto
     spec: ModelSpec
     precision: Precision
     checkpoint_sha256: str
+    attention: tuple[int, int] | None
 
     def serialized(self) -> bytes:
         """The model as bytes, for a session or a parser."""
@@ -175,10 +177,12 @@ def _checked(model: ModelProto) -> OnnxFile:
         raise _Refused("it defines functions or training, which fer_dist never writes")
     _check_nodes(model.graph)
     _check_tensors(model.graph)
-    _check_contract(model.graph, spec)
+    attention = _check_contract(model.graph, spec)
     _check_precision(model.graph, precision)
-    _check_shapes(model, spec)
-    return OnnxFile(model=model, spec=spec, precision=precision, checkpoint_sha256=checkpoint_sha256)
+    _check_shapes(model, spec, attention)
+    return OnnxFile(
+        model=model, spec=spec, precision=precision, checkpoint_sha256=checkpoint_sha256, attention=attention
+    )
 
 
 def _check_precision(graph: onnx.GraphProto, precision: Precision) -> None:
@@ -233,8 +237,8 @@ def _check_tensor(tensor: TensorProto) -> None:
         raise _Refused(f"its tensor {name!r} has the shape {list(tensor.dims)[:8]}, but its data are {held}")
 
 
-def _check_contract(graph: onnx.GraphProto, spec: ModelSpec) -> None:
-    """`images` goes in, `logits` and `probabilities` come out, with a free batch."""
+def _check_contract(graph: onnx.GraphProto, spec: ModelSpec) -> tuple[int, int] | None:
+    """`images` goes in, `logits` and `probabilities` come out, with a free batch; perhaps `attention`: its sides."""
     side, classes = spec.input.size, len(spec.labels)
     found = [_signature(value) for value in (*graph.input, *graph.output)]
     expected = [
@@ -242,8 +246,14 @@ def _check_contract(graph: onnx.GraphProto, spec: ModelSpec) -> None:
         (LOGITS, TensorProto.FLOAT, ("N", classes)),
         (PROBABILITIES, TensorProto.FLOAT, ("N", classes)),
     ]
+    attention: tuple[int, int] | None = None
+    match found[len(expected) :]:
+        case [(name, TensorProto.FLOAT, ("N", int(rows), int(columns)))] if name == ATTENTION and rows * columns > 0:
+            attention = rows, columns
+            found.pop()
     if len(graph.input) != 1 or found != expected:
         raise _Refused(f"its inputs and outputs are {found[:6]}, expected {expected}; name, type, shape")
+    return attention
 
 
 def _signature(value: onnx.ValueInfoProto) -> tuple[str, int, tuple[int | str, ...]]:
@@ -252,15 +262,18 @@ def _signature(value: onnx.ValueInfoProto) -> tuple[str, int, tuple[int | str, .
     return value.name[:80], kind.elem_type, tuple(sides)
 
 
-def _check_shapes(model: ModelProto, spec: ModelSpec) -> None:
+def _check_shapes(model: ModelProto, spec: ModelSpec, attention: tuple[int, int] | None) -> None:
     """Every tensor has a shape that follows from the batch, grows no faster than it, and fits into memory."""
     check_graph(model)
     one, many = infer(model, 1), infer(model, MANY)
     for name, shape in one.items():
         if math.prod(many[name]) > MANY * math.prod(shape):
             raise _Refused(f"its tensor {name[:80]!r} grows faster than the batch")
-    answers = [shapes[name] for shapes in (one, many) for name in (LOGITS, PROBABILITIES)]
-    if answers != [(batch, len(spec.labels)) for batch in (1, MANY) for _ in range(2)]:
+    promised: dict[str, tuple[int, ...]] = {LOGITS: (len(spec.labels),), PROBABILITIES: (len(spec.labels),)}
+    if attention is not None:
+        promised[ATTENTION] = attention
+    answers = [shapes[name] for shapes in (one, many) for name in promised]
+    if answers != [(batch, *sides) for batch in (1, MANY) for sides in promised.values()]:
         raise _Refused(f"for 1 and for {MANY} pictures its outputs have the shapes {answers}")
     stored = sum(math.prod(tensor.dims) for tensor in model.graph.initializer)
     if (most := _most_alive(model.graph, one)) > MOST_ALIVE + 4 * stored:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fer_dist.engine.checkpoint import load
 from fer_dist.errors import UserError
 from fer_dist.models.base import FaceModel
-from fer_dist.serve.artifact import INPUT, LOGITS, PROBABILITIES, Precision, file_sha256
+from fer_dist.serve.artifact import ATTENTION, INPUT, LOGITS, PROBABILITIES, Precision, file_sha256
 from fer_dist.serve.engine import open_engine
 from fer_dist.serve.onnxfile import read_onnx
 from fer_dist.serve.ortsession import PROVIDERS, open_session, reason, record_session
@@ -32,10 +32,13 @@ class Outputs:
     Attributes:
         logits_NK: float32 `[N, K]`, on the CPU.
         probabilities_NK: likewise, the softmax of the logits as the artifact computes it.
+        attention_NHW: float32 `[N, h, w]`, on the CPU: the part that each patch has in the attention, sums of 1;
+            None: the artifact does not say. ONNX files of patt_lite do.
     """
 
     logits_NK: Tensor
     probabilities_NK: Tensor
+    attention_NHW: Tensor | None = None
 
 
 class Runner(ABC):
@@ -89,12 +92,13 @@ class Runner(ABC):
             raise UserError("there are no pictures in the batch", "give at least one")
         try:
             with torch.no_grad():
-                logits_NK, probabilities_NK = self._run(images_N1SS)
+                logits_NK, probabilities_NK, *more = self._run(images_N1SS)
         except (torch.OutOfMemoryError, MemoryError) as error:
             raise UserError(
                 f"{self.runs_on}: no memory for {shape[0]} pictures of {self.path}", "a smaller batch"
             ) from error
-        return Outputs(logits_NK=logits_NK, probabilities_NK=probabilities_NK)
+        attention_NHW = more[0] if more else None
+        return Outputs(logits_NK=logits_NK, probabilities_NK=probabilities_NK, attention_NHW=attention_NHW)
 
     def __call__(self, images_N1SS: Tensor) -> Tensor:
         """The logits alone: `fer_dist.engine.score.Predict`."""
@@ -122,8 +126,8 @@ class Runner(ABC):
         self.close()
 
     @abstractmethod
-    def _run(self, images_N1SS: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits and probabilities, float32 on the CPU, of pictures that have been checked."""
+    def _run(self, images_N1SS: Tensor) -> tuple[Tensor, ...]:
+        """Logits, probabilities and, where there is one, attention, float32 on the CPU; of checked pictures."""
 
     @abstractmethod
     def _close(self) -> None: ...
@@ -147,6 +151,12 @@ class TorchRunner(Runner):
         count = threads or self._threads_before
         where = torch.cuda.get_device_name() if self.on_gpu else f"{count} thread{'s' * (count > 1)}"
         self.runs_on = f"torch {self._device.type}, {where}"
+
+    @property
+    def model(self) -> FaceModel:
+        """The network in evaluation mode, as long as the runner is open."""
+        assert self._model is not None, "the runner is closed"
+        return self._model
 
     def _run(self, images_N1SS: Tensor) -> tuple[Tensor, Tensor]:
         # Threads are torch's own, not the runner's: another runner may have set them since.
@@ -187,29 +197,31 @@ class OnnxRunner(Runner):
         opened = read_onnx(path)
         super().__init__(path, opened.spec, opened.precision, opened.checkpoint_sha256)
         raw = opened.serialized()
+        self._attention = opened.attention
         del opened  # the weights are in memory once more in the session
         self._session: Any = open_session(raw, self.precision, path, provider, threads)
         self.runs_on = self._session.get_providers()[0]
         self.on_gpu = self.runs_on != PROVIDERS["cpu"]
 
-    def _run(self, images_N1SS: Tensor) -> tuple[Tensor, Tensor]:
+    def _run(self, images_N1SS: Tensor) -> tuple[Tensor, ...]:
         feeds = {INPUT: images_N1SS.contiguous().cpu().numpy()}
+        names = [LOGITS, PROBABILITIES, *([ATTENTION] if self._attention else [])]
         try:
-            found = self._session.run([LOGITS, PROBABILITIES], feeds)
+            found = self._session.run(names, feeds)
         except Exception as error:  # ONNX Runtime raises kinds of its own for a graph that fails half-way
             raise UserError(
                 f"{self.runs_on} fails on {self.path} with {len(images_N1SS)} pictures: {reason(error)}",
                 "a smaller batch if it is memory, else export it again: python -m export.onnx best.pth",
             ) from None
-        logits_NK, probabilities_NK = map(torch.from_numpy, found)
-        expected = (len(images_N1SS), len(self.spec.labels))
-        if not expected == logits_NK.shape == probabilities_NK.shape:
+        count, classes = len(images_N1SS), len(self.spec.labels)
+        expected = [(count, classes)] * 2 + ([(count, *self._attention)] if self._attention else [])
+        shapes = [answer.shape for answer in found]
+        if shapes != expected:
+            told = [" and ".join(str(list(sides)) for sides in some) for some in (shapes, expected)]
             raise UserError(
-                f"{self.path} answers {list(logits_NK.shape)} and {list(probabilities_NK.shape)}, "
-                f"expected {list(expected)} twice",
-                "export it again: python -m export.onnx best.pth",
+                f"{self.path} answers {told[0]}, expected {told[1]}", "export it again: python -m export.onnx best.pth"
             )
-        return logits_NK, probabilities_NK
+        return tuple(map(torch.from_numpy, found))
 
     def capture(self, images_N1SS: Tensor) -> Replay | None:
         """See Runner. It is a session of its own: one that records graphs answers one batch size only."""

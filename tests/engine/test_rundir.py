@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -483,6 +484,18 @@ def test_checkpoints_that_were_removed_are_missed(tmp_path: Path, monkeypatch: p
         with pytest.raises(UserError, match="has the metrics of several epochs and no checkpoint"):
             fit(config)
     assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_requeued_start_waits_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS keeps the lock of a node that has died for a while."""
+    monkeypatch.setattr(rundir, "HOLD_S", 0.1)
+    monkeypatch.setattr(rundir, "REQUEUED_HOLD_S", 30.0)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    dead = rundir.Hold(tmp_path)
+    timer = threading.Timer(1.0, dead.release)
+    timer.start()
+    rundir.Hold(tmp_path).release()
+    timer.join()
 
 
 def test_a_folder_has_one_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from export import answers, maker, trt
+from export import maker, trt
 from fer_dist.config import Config
+from fer_dist.serve import dataset
 from tests.export.rig import DRAWN, command, exported, saved
 
 
@@ -19,7 +20,7 @@ def exported_before(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def few_faces(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where nothing is known of the data, a small set of drawn faces instead of thousands."""
-    monkeypatch.setattr(answers, "Config", lambda: Config().override(DRAWN))
+    monkeypatch.setattr(dataset, "Config", lambda: Config().override(DRAWN))
 
 
 @pytest.fixture(scope="session")

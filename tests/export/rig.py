@@ -12,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from export.answers import Answers, Pictures, ask, open_data
+from export.answers import Answers, ask
 from export.gate import ParityReport, compare, require_same_model, tolerance_of
 from fer_dist.config import Config
 from fer_dist.engine.checkpoint import Checkpoint, save
 from fer_dist.models import FaceModel
 from fer_dist.serve.artifact import Precision, onnx_metadata
+from fer_dist.serve.dataset import Pictures, open_data
 from fer_dist.serve.runner import Outputs, Runner, open_runner
 from tests.export.nets import copied, graph_of
 from tests.models.tiny import make_lively, tiny_model
@@ -56,7 +57,9 @@ def saved(folder: Path, arch: str, name: str = "best.pth", **settings: object) -
 def exported(model: FaceModel, checkpoint_sha256: str) -> onnx.ModelProto:
     """`to_onnx` of `lively(arch)` without the seconds that the exporter takes: its graph is made once."""
     graph = copied(graph_of(model.spec.arch))
-    onnx.helper.set_model_props(graph, onnx_metadata(model.spec, precision="fp32", checkpoint_sha256=checkpoint_sha256))
+    attends = model.shows_attention
+    properties = onnx_metadata(model.spec, precision="fp32", checkpoint_sha256=checkpoint_sha256, attends=attends)
+    onnx.helper.set_model_props(graph, properties)
     return graph
 
 

@@ -133,6 +133,15 @@ def test_another_network_is_refused(
         builder.build(graph.SerializeToString(), "best.onnx", spec)
 
 
+def test_attention_stays_in_the_onnx_file(rtx: ModuleType) -> None:
+    """An engine answers what it always did; the graph that it is built from has one output more."""
+    graph = graph_of("patt_lite")
+    assert len(graph.graph.output) == 3
+    builder = choose_builder("rtx", BATCH, ())
+    raw, _ = builder.build(graph.SerializeToString(), "best.onnx", lively("patt_lite").spec)
+    assert len(raw) > 10_000
+
+
 def test_what_tensorrt_does_not_read(rtx: ModuleType, spec: ModelSpec) -> None:
     """Bytes that are no graph are an empty network to it; an operator that it has not is an error that names it."""
     builder = choose_builder("rtx", BATCH, ())

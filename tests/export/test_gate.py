@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from export.answers import BATCHES, Answers, Pictures, ask, batches, open_data
+from export.answers import BATCHES, Answers, ask, batches
 from export.gate import ParityReport, Tolerance, compare, show, tolerance_of
 from fer_dist.errors import Rejected, UserError
+from fer_dist.serve.dataset import Pictures, open_data
 from fer_dist.spec import InputSpec, LabelSet, ModelSpec
 from tests.export.rig import SETTINGS, Live, lively
 

@@ -13,8 +13,9 @@ from onnx import TensorProto
 
 from export.graph import OPSET, Exported, check, to_onnx, trace
 from fer_dist.errors import UserError
-from fer_dist.serve.artifact import INPUT, LOGITS, PROBABILITIES
+from fer_dist.serve.artifact import ATTENTION, INPUT, LOGITS, PROBABILITIES
 from fer_dist.serve.onnxfile import read_onnx
+from fer_dist.serve.runner import open_runner
 from tests.export.nets import ARCHS, copied, graph_of
 from tests.export.rig import SHA256, Gate, lively
 from tests.models.tiny import pictures
@@ -30,9 +31,12 @@ def test_the_contract(arch: str) -> None:
     assert not graph.functions
     (images,) = graph.graph.input
     assert (images.name, images.type.tensor_type.elem_type) == (INPUT, TensorProto.UINT8)
-    assert [value.name for value in graph.graph.output] == [LOGITS, PROBABILITIES]
+    attention = [ATTENTION] if arch == "patt_lite" else []
+    assert [value.name for value in graph.graph.output] == [LOGITS, PROBABILITIES, *attention]
     assert {value.type.tensor_type.elem_type for value in graph.graph.output} == {TensorProto.FLOAT}
-    for value, rest in zip((images, *graph.graph.output), ([1, 48, 48], [7], [7]), strict=True):
+    for value, rest in zip(
+        (images, *graph.graph.output), ([1, 48, 48], [7], [7], *([[12, 12]] * len(attention))), strict=True
+    ):
         batch, *sides = value.type.tensor_type.shape.dim
         assert batch.dim_param
         assert [side.dim_value for side in sides] == rest
@@ -115,6 +119,26 @@ def test_a_fixed_batch_is_our_mistake_and_refused(tmp_path: Path) -> None:
     path.write_bytes(fixed.SerializeToString())
     with pytest.raises(UserError, match="inputs and outputs"):
         read_onnx(path)
+
+
+def test_attention_is_that_of_the_network(tmp_path: Path) -> None:
+    """In any batch: the part of each patch, and they sum to 1; the logits are those of the network that was trained."""
+    model, images_N1SS = lively("patt_lite"), pictures(9)
+    path = tmp_path / "best.onnx"
+    path.write_bytes(graph_of("patt_lite").SerializeToString())
+    with torch.no_grad():
+        logits_NK, expected_NHW = model.with_attention(images_N1SS)
+        torch.testing.assert_close(logits_NK, model(images_N1SS), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(expected_NHW.sum((1, 2)), torch.ones(9))
+    assert float(expected_NHW.std(0).max()) > 1e-6, "maps that are all alike would show nothing"
+    with open_runner(path, provider="cpu") as runner:
+        for batch in (1, 4, 9):
+            found_NHW = runner.run(images_N1SS[:batch]).attention_NHW
+            assert found_NHW is not None
+            torch.testing.assert_close(found_NHW, expected_NHW[:batch], rtol=1e-4, atol=1e-6)
+    (tmp_path / "vit.onnx").write_bytes(graph_of("vit").SerializeToString())
+    with open_runner(tmp_path / "vit.onnx", provider="cpu") as runner:
+        assert runner.run(images_N1SS).attention_NHW is None
 
 
 def test_another_number_of_classes_is_our_mistake() -> None:

@@ -199,7 +199,7 @@ def one_weight(graph: Graph) -> int:
         values.flat[np.abs(values).argmax()] *= 1.1
         return values
 
-    return changed(graph, lambda name, dims: "attention" in name and len(dims) == 2, change)
+    return changed(graph, lambda name, dims: dims == (32, 32), change)  # the attention's output projection
 
 
 def dropout_left_on(graph: Graph) -> int:
@@ -246,7 +246,15 @@ def preprocessing_left_out(model: FaceModel) -> None:
 
 def attention_across_the_batch(model: FaceModel) -> None:
     """As in the paper's code: the batch is taken for the sequence."""
-    model.network.attention.batch_first = False  # type: ignore[union-attr]
+    network: Any = model.network
+    network.attention.batch_first = False
+    attend = network._attend  # the same layer, as it is exported
+
+    def across(patches_NPD: Tensor) -> tuple[Tensor, Tensor]:
+        attended_PND, parts_PN = attend(patches_NPD.transpose(0, 1))
+        return attended_PND.transpose(0, 1), parts_PN.transpose(0, 1)
+
+    network._attend = across
 
 
 @pytest.mark.parametrize("change", [preprocessing_left_out, attention_across_the_batch])

@@ -8,18 +8,20 @@ from typing import Any
 
 import onnx
 import pytest
+import torch
 
 from export import onnx as onnx_command
 from export import trt
-from export.answers import data_settings
 from export.console import Wish
 from export.pipeline import export
 from fer_dist.engine.checkpoint import load, write_safetensors
 from fer_dist.errors import EXIT_REJECTED, EXIT_USER_ERROR, UserError
 from fer_dist.serve.artifact import contract, file_sha256, read_sidecar
+from fer_dist.serve.dataset import data_settings
 from fer_dist.serve.onnxfile import read_onnx
 from fer_dist.serve.runner import open_runner
 from tests.export.rig import command, names, nothing_changes, saved
+from tests.models.tiny import pictures
 
 LOOSE = ("--tolerance", "agreement=0,accuracy=0.5,kl=9")
 """Random weights answer two classes almost alike: that a picture in fifty goes the other way says nothing."""
@@ -53,6 +55,34 @@ def test_the_way_to_an_engine(whole: Path) -> None:
     assert (graph.batch, engine.batch) == ((), (1, 8, 64))
     opened = read_onnx(whole / "best.onnx")
     assert (opened.spec, opened.precision, opened.checkpoint_sha256) == (graph.spec, "fp32", graph.checkpoint_sha256)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8"])
+def test_attention_in_every_precision(precision: str, exported_before: None, tmp_path: Path) -> None:
+    """The ONNX files of patt_lite show where it looked, say so in their contract, and engines do neither."""
+    path = saved(tmp_path, "patt_lite")
+    assert (
+        command(
+            onnx_command.main,
+            path,
+            "--precision",
+            precision,
+            *((*LOOSE, "--calibration", 16) if precision != "fp32" else ()),
+        )
+        == 0
+    )
+    found = sorted(tmp_path.glob("*.onnx"))
+    assert found
+    with open_runner(path) as reference:
+        expected_NHW = reference.model.with_attention(pictures(5))[1].detach()  # type: ignore[attr-defined]
+    for file in found:
+        with open_runner(file, provider="cpu") as runner:
+            attention_NHW = runner.run(pictures(5)).attention_NHW
+        assert attention_NHW is not None
+        torch.testing.assert_close(attention_NHW.sum((1, 2)), torch.ones(5), rtol=0, atol=1e-2)
+        torch.testing.assert_close(attention_NHW, expected_NHW, rtol=0.1, atol=2e-3)
+        assert plain(file)["contract"]["outputs"]["attention"]["shape"] == ["N", "h", "w"]
+        assert read_sidecar(file).attends
 
 
 def test_the_report_is_in_the_sidecar(whole: Path) -> None:

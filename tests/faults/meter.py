@@ -69,7 +69,13 @@ def _faces(path: Path) -> object:
     return len(read_faces(path, size=48, labels=LabelSet(), on_error="stop", ferplus=None))
 
 
-READERS: dict[str, Callable[[Path], object]] = {"tensors": _tensors, "faces": _faces}
+def _photo(path: Path) -> object:
+    from fer_dist.serve.photos import read_photo
+
+    return read_photo(path).rgb_HW3.shape
+
+
+READERS: dict[str, Callable[[Path], object]] = {"tensors": _tensors, "faces": _faces, "photo": _photo}
 
 
 def _bytes(field: str) -> int:
@@ -106,6 +112,7 @@ if __name__ == "__main__":
     import pyarrow.parquet  # noqa: F401
 
     import fer_dist.data.readers
+    import fer_dist.serve.photos
     import fer_dist.tensors  # noqa: F401
 
     for line in sys.stdin:

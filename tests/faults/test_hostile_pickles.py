@@ -1,6 +1,6 @@
 """Files of tensors that would run code: refused at every place that loads one, and nothing of them runs.
 
-To add a place (evaluate, predict), add a line to PLACES.
+To add a place (predict), add a line to PLACES.
 """
 
 import hashlib
@@ -9,7 +9,7 @@ import pickle
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +18,9 @@ import torch
 
 from export.console import Wish
 from export.pipeline import export
-from export.source import settings_of
+from fer_dist.app import _main as app
 from fer_dist.config import Config
+from fer_dist.data.faces import VAL
 from fer_dist.engine.checkpoint import SEAL, SEAL_BYTES
 from fer_dist.engine.checkpoint import load as load_checkpoint
 from fer_dist.engine.describe import describe
@@ -27,9 +28,13 @@ from fer_dist.engine.history import newest
 from fer_dist.errors import UserError
 from fer_dist.models import build_model
 from fer_dist.models.weights import read_state
+from fer_dist.predict import _main as predict
+from fer_dist.serve.dataset import settings_of
+from fer_dist.serve.evaluation import Task, evaluate
 from fer_dist.serve.runner import open_runner
 from fer_dist.spec import LabelSet
 from fer_dist.tensors import NotTensors, read_tensors
+from fer_dist.world import World
 from tests.faults.bombs import BOMBS, doubled, item, number
 from tests.faults.corpus import ATTACKS, Attack, around, benign, called, whole
 from tests.faults.meter import Meter
@@ -108,6 +113,11 @@ def sealed_for(path: Path, work: Callable[[], object]) -> None:
         assert set(path.parent.iterdir()) <= before | {path.with_name("trace")}
 
 
+def judged(path: Path) -> None:
+    """`python -m fer_dist.evaluate`."""
+    evaluate(Task(paths=(path,), split=VAL), World(), print, lambda title, total: nullcontext(lambda done: None))
+
+
 PLACES: dict[str, Callable[[Path], object]] = {
     "read_tensors": plainly,
     "read_tensors of .safetensors": lambda path: plainly(path.rename(path.with_suffix(".safetensors"))),
@@ -123,6 +133,9 @@ PLACES: dict[str, Callable[[Path], object]] = {
     "fer_dist.checkpoint": described,
     "export": lambda path: sealed_for(path, lambda: export(Wish(path=path))),
     "export.parity": lambda path: sealed_for(path, lambda: settings_of(path)),
+    "fer_dist.evaluate": lambda path: sealed_for(path, lambda: judged(path)),
+    "fer_dist.predict": lambda path: sealed_for(path, lambda: predict(["picture.png", "--model", str(path)])),
+    "fer_dist.app": lambda path: sealed_for(path, lambda: app(["--no-browser", "--model", str(path)])),
     "open_runner": lambda path: sealed_for(path, lambda: open_runner(path)),
 }
 

@@ -142,6 +142,32 @@ def test_a_bomb_takes_no_more_than_a_picture(kind: str, tmp_path: Path, meter: M
     assert answer.seconds < 5
 
 
+PHOTO_PROBLEM = {"4,097 x 4,096": "does not decode", "17 MiB": None}  # photos have other bounds; its pixels are few
+
+
+@pytest.fixture(scope="module")
+def usual_photo(meter: Meter, tmp_path_factory: pytest.TempPathFactory) -> int:
+    """The memory that a photo of the largest size takes, with transparency."""
+    path = tmp_path_factory.mktemp("usual") / "1.png"
+    path.write_bytes(encoded("PNG", Image.new("RGBA", (8192, 6144), (7, 7, 7, 9)), compress_level=1))
+    answer = meter.ask("photo", path)
+    assert answer.problem == "(1536, 2048, 3)", answer
+    return answer.grown
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+def test_a_bomb_takes_no_more_than_a_photo(kind: str, tmp_path: Path, meter: Meter, usual_photo: int) -> None:
+    ending, make, problem = BOMBS[kind]
+    problem = PHOTO_PROBLEM.get(kind, problem)
+    path = tmp_path / f"1.{ending}"
+    path.write_bytes(make())
+    answer = meter.ask("photo", path)
+    assert answer.error == ("UserError" if problem else ""), answer
+    assert (problem or "") in answer.problem
+    assert answer.grown < usual_photo, f"{answer.grown / 2**20:.0f} MiB against {usual_photo / 2**20:.0f}"
+    assert answer.seconds < 5
+
+
 @pytest.mark.parametrize("form", FORMATS)
 def test_a_cut_picture_is_refused(form: str) -> None:
     """At each sixteenth, however much could be shown of it."""

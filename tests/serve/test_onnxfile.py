@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, helper, numpy_helper
 
 from fer_dist.errors import UserError
-from fer_dist.serve.artifact import INPUT, Precision, onnx_metadata
+from fer_dist.serve.artifact import INPUT, PROBABILITIES, Precision, onnx_metadata
 from fer_dist.serve.onnxfile import MOST_BYTES, MOST_FIELDS, MOST_STRUCTURE, read_onnx
 from fer_dist.serve.runner import open_runner
 from tests.conftest import ROOT
@@ -216,6 +216,55 @@ def test_what_is_not_ours_is_refused(change: Callable[[ModelProto], object], wor
     with pytest.raises(UserError, match=f"is refused: .*({words})") as caught:
         read_onnx(write(tmp_path, model))
     assert "python -m export.onnx" in caught.value.fix
+
+
+def with_attention(
+    model: ModelProto, *sides: int | str, kind: int = TensorProto.FLOAT, name: str = "attention"
+) -> None:
+    """A third output: the probabilities as a map of one row, told to be of these sides."""
+    model.graph.node.append(node("Unsqueeze", [PROBABILITIES, "second"], [name]))
+    model.graph.initializer.append(helper.make_tensor("second", TensorProto.INT64, [1], [1]))
+    model.graph.output.append(helper.make_tensor_value_info(name, kind, ["N", *sides]))
+
+
+def _attention_and_more(model: ModelProto) -> None:
+    with_attention(model, 1, 7)
+    _more_outputs(model)
+
+
+def test_attention_may_come_out_as_well(tmp_path: Path) -> None:
+    model = tiny_onnx()
+    assert read_onnx(write(tmp_path, model)).attention is None
+    with_attention(model, 1, 7)
+    path = write(tmp_path, model)
+    assert read_onnx(path).attention == (1, 7)
+    with open_runner(path, provider="cpu") as runner:
+        found = runner.run(torch.zeros(3, 1, 8, 8, dtype=torch.uint8))
+    assert found.attention_NHW is not None
+    assert torch.equal(found.attention_NHW.squeeze(1), found.probabilities_NK)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda model: with_attention(model, 7), "inputs and outputs"),
+        (lambda model: with_attention(model, 1, 7, 1), "inputs and outputs"),
+        (lambda model: with_attention(model, "h", 7), "inputs and outputs"),
+        (lambda model: with_attention(model, 0, 7), "inputs and outputs"),
+        (lambda model: with_attention(model, 1, 7, kind=TensorProto.FLOAT16), "inputs and outputs"),
+        (lambda model: with_attention(model, 1, 7, name="attending"), "inputs and outputs"),
+        (lambda model: with_attention(model, 7, 1), "graph is invalid|have the shapes"),
+        (lambda model: with_attention(model, 1, 2**40), "graph is invalid|have the shapes"),
+        (_attention_and_more, "inputs and outputs"),
+    ],
+)
+def test_attention_of_another_form_is_refused(
+    change: Callable[[ModelProto], object], words: str, tmp_path: Path
+) -> None:
+    model = tiny_onnx()
+    change(model)
+    with pytest.raises(UserError, match=f"is refused: .*({words})"):
+        read_onnx(write(tmp_path, model))
 
 
 def f32(values: object) -> NDArray[np.float32]:

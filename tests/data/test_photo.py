@@ -1,0 +1,160 @@
+"""Photos: upright, on white, in colour, and within their bounds."""
+
+import io
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from fer_dist.data.decoding import MAX_PHOTO_BYTES, Photo, decode_photo
+from fer_dist.errors import UserError
+from fer_dist.serve.photos import PHOTO_SIDE, read_photo
+from tests.data.test_bad_input import chunk
+
+CORNER = np.full((40, 60, 3), 255, np.uint8)
+CORNER[:20, :20] = (200, 0, 0)  # red at the upper left, and nowhere else
+
+
+def encoded(picture: Image.Image, form: str = "PNG", **options: Any) -> bytes:
+    out = io.BytesIO()
+    picture.save(out, form, **options)
+    return out.getvalue()
+
+
+def photo(raw: bytes, name: str = "", side: int = 2048) -> Photo:
+    return decode_photo(raw, name, side=side)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_it_stands_upright(orientation: int) -> None:
+    """The file holds the picture as the camera was held; EXIF tells how to turn it back."""
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # Pillow's transpositions that lead there
+    stored = Image.fromarray(CORNER)
+    if orientation > 1:
+        stored = stored.transpose(Image.Transpose(undo[orientation]))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    found = photo(encoded(stored, "JPEG", exif=exif, quality=95), "x.jpg")
+    assert (found.width, found.height) == (60, 40)
+    assert found.rgb_HW3.shape == (40, 60, 3)
+    assert np.abs(found.rgb_HW3.astype(int) - CORNER)[2:18, 2:18].max() < 12
+    assert found.rgb_HW3[25:, 25:].min() > 240
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data")  # Pillow warns, and so should a library
+@pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff", b"Exif\0\0"])
+def test_exif_that_is_none_changes_nothing(exif: bytes) -> None:
+    assert photo(encoded(Image.fromarray(CORNER), "JPEG", exif=exif)).rgb_HW3.shape == (40, 60, 3)
+
+
+def test_what_is_transparent_is_white() -> None:
+    rgba = np.zeros((8, 8, 4), np.uint8)
+    rgba[:4] = (10, 20, 30, 255)
+    rgba[6:] = (0, 0, 0, 128)
+    found = photo(encoded(Image.fromarray(rgba))).rgb_HW3
+    assert [found[row, 0].tolist() for row in (0, 5)] == [[10, 20, 30], [255, 255, 255]]
+    assert abs(int(found[7, 0, 0]) - 127) <= 1
+    grey = Image.fromarray(np.dstack([np.full((8, 8), 9, np.uint8), np.zeros((8, 8), np.uint8)]), "LA")
+    assert photo(encoded(grey)).rgb_HW3.min() == 255
+
+
+def test_a_palette_with_a_transparent_colour() -> None:
+    picture = Image.new("P", (8, 8), 0)
+    picture.putpalette([200, 0, 0, 0, 0, 200])
+    picture.paste(1, (0, 0, 8, 4))
+    found = photo(encoded(picture, transparency=0)).rgb_HW3
+    assert [found[row, 0].tolist() for row in (0, 7)] == [[0, 0, 200], [255, 255, 255]]
+    found = photo(encoded(picture.convert("RGB"), transparency=(200, 0, 0))).rgb_HW3
+    assert [found[row, 0].tolist() for row in (0, 7)] == [[0, 0, 200], [255, 255, 255]]
+
+
+def test_sixteen_bits_keep_their_upper_half() -> None:
+    levels = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
+    found = photo(encoded(Image.fromarray(levels))).rgb_HW3
+    assert np.abs(found[..., 0].astype(int) - levels // 257).max() == 0
+
+
+def test_inks_of_print() -> None:
+    found = photo(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")).rgb_HW3[0, 0]
+    assert found[0] > 200
+    assert found[1:].max() < 60
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "I;16", "CMYK"])
+def test_every_mode_is_colour_in_the_end(mode: str) -> None:
+    form = "JPEG" if mode == "CMYK" else "PNG"
+    found = photo(encoded(Image.new(mode, (30, 20)), form), side=10)
+    assert found.rgb_HW3.shape == (7, 10, 3)
+    assert found.rgb_HW3.dtype == np.uint8
+    assert (found.width, found.height) == (30, 20)
+    assert found.rgb_HW3.flags.writeable
+
+
+def test_of_an_animation_the_first_picture() -> None:
+    frames = [Image.new("RGB", (20, 20), (level, 0, 0)) for level in (100, 200)]
+    assert photo(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])).rgb_HW3[0, 0, 0] == 100
+
+
+def test_30_megapixels() -> None:
+    raw = encoded(Image.effect_noise((600, 500), 60).convert("RGB").resize((6000, 5000)), "JPEG", quality=60)
+    found = photo(raw)
+    assert (found.width, found.height) == (6000, 5000)
+    assert found.rgb_HW3.shape == (1707, 2048, 3)
+
+
+@pytest.mark.parametrize(("width", "height"), [(1, 1), (1, 4000), (4000, 1), (3, 2049)])
+def test_thin_ones(width: int, height: int) -> None:
+    found = photo(encoded(Image.new("L", (width, height))), side=64)
+    assert found.rgb_HW3.size
+    assert max(found.rgb_HW3.shape) <= 64
+    assert (found.width, found.height) == (width, height)
+
+
+def empty_png() -> bytes:
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 0, 10, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+GOOD = encoded(Image.fromarray(CORNER))
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "problem"),
+    [
+        ("x.png", b"just text\n", "no picture of the formats"),
+        ("x.png", b"", "no picture of the formats"),
+        ("x.png", GOOD[:90], "does not decode"),
+        ("x.png", empty_png(), "no picture of the formats|does not decode"),
+        ("x.jpg", GOOD, "its name says JPEG, but it holds PNG: rename it"),
+        ("x.png", GOOD + bytes(MAX_PHOTO_BYTES), "more than a picture may have"),
+        ("x.tif", encoded(Image.fromarray(CORNER), "TIFF"), "no picture of the formats"),
+        ("x.png", encoded(Image.new("1", (8193, 6144))), "8193x6144 pixels, over 50,331,648"),
+    ],
+)
+def test_what_is_refused(name: str, raw: bytes, problem: str, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=problem):
+        photo(raw, name)
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(UserError, match=problem):
+        read_photo(tmp_path / name)
+
+
+def test_files_that_are_none(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "loop.png").symlink_to("loop.png")
+    for name, problem in {
+        "pipe.png": "no regular file",
+        "loop.png": "symbolic links",
+        "missing.png": "No such file",
+        "": "no regular file",
+    }.items():
+        with pytest.raises(UserError, match=f"cannot be read: .*{problem}"):
+            read_photo(tmp_path / name)
+    (tmp_path / "good.png").write_bytes(GOOD)
+    (tmp_path / "link.png").symlink_to("good.png")
+    assert np.array_equal(read_photo(tmp_path / "link.png").rgb_HW3, CORNER)
+    assert PHOTO_SIDE >= 1024

@@ -1,0 +1,67 @@
+"""Where a network looked: maps of every architecture, and that they show what they say."""
+
+import pytest
+import torch
+
+from fer_dist.serve.explain import METHODS, heat_maps, rollout
+from tests.models.tiny import make_lively, pictures, tiny_model
+
+
+@pytest.mark.parametrize("arch", METHODS)
+def test_maps_of_every_architecture(arch: str) -> None:
+    model = make_lively(tiny_model(arch)).eval()
+    images, classes = pictures(11), torch.arange(11) % 7
+    before = model(images).detach()
+    found = heat_maps(model, images, classes)
+    assert found is not None
+    assert (found.shape, found.dtype, found.requires_grad) == ((11, 48, 48), torch.float32, False)
+    assert found.min() >= 0
+    highest = found.amax((1, 2))
+    assert ((highest == 0) | (highest - 1 < 1e-6)).all()
+    assert (highest > 0).sum() > 5
+    alone = heat_maps(model, images[4:5], classes[4:5])  # a map does not depend on the other pictures
+    assert alone is not None
+    torch.testing.assert_close(alone[0], found[4], rtol=1e-3, atol=1e-3)
+    assert torch.equal(model(images), before), "it is left as it was"
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_grad_cam_asks_for_the_class() -> None:
+    model, images = make_lively(tiny_model("patt_lite")).eval(), pictures(3)
+    first = heat_maps(model, images, torch.tensor([0, 0, 0]))
+    other = heat_maps(model, images, torch.tensor([4, 4, 4]))
+    assert first is not None
+    assert other is not None
+    assert not torch.allclose(first, other, atol=0.05)
+
+
+def test_grad_cam_is_what_the_paper_says() -> None:
+    """The channels of the map, each weighted by the mean of its gradient, without what is negative."""
+    model, images = make_lively(tiny_model("patt_lite")).eval(), pictures(2)
+    kept = []
+    network = model.network
+    hook = network.get_submodule("patches").register_forward_hook(lambda module, given, out: kept.append(out))
+    logits = model(images)
+    hook.remove()
+    (gradient,) = torch.autograd.grad(logits[:, 3].sum(), kept)
+    cam = (kept[0] * gradient.mean((2, 3), keepdim=True)).sum(1).clamp_min(0).detach()
+    expected = torch.nn.functional.interpolate(cam[None], size=(48, 48), mode="bilinear")[0]
+    found = heat_maps(model, images, torch.tensor([3, 3]))
+    assert found is not None
+    assert expected.amax() > 0
+    torch.testing.assert_close(found * expected.amax((1, 2), keepdim=True), expected, rtol=1e-4, atol=1e-7)
+
+
+def test_rollout_by_hand() -> None:
+    """Two layers, [CLS] and four patches: [CLS] looks at patch 3, which had looked at patch 2."""
+    first, second = torch.eye(5), torch.eye(5)
+    first[4] = torch.tensor([0.0, 0.0, 0.0, 1.0, 0.0])  # token 4 (patch 3) takes token 3 (patch 2)
+    second[0] = torch.tensor([0.0, 0.0, 0.0, 0.0, 1.0])
+    found = rollout(torch.stack([first, second])[:, None])
+    # [CLS] takes half of token 4, which is half itself and half token 3.
+    assert found.tolist() == [[[0.0, 0.0], [0.25, 0.25]]]
+    assert rollout(torch.stack([second, first])[:, None]).tolist() == [[[0.0, 0.0], [0.0, 0.5]]]
+
+
+def test_other_architectures_have_none() -> None:
+    assert heat_maps(tiny_model("timm:resnet18").eval(), pictures(2), torch.tensor([0, 1])) is None

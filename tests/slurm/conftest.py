@@ -1,0 +1,42 @@
+"""One cluster for each module that asks for one, and the run that nothing has broken."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.ranks import torchrun
+from tests.slurm.rig import TRAINING, Cluster, missing, no_freezer
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip all of this folder, with the reason, where there can be no SLURM."""
+    reason = missing()
+    for item in items:
+        if reason and Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="module")
+def proctrack(request: pytest.FixtureRequest) -> str:
+    """How SLURM finds the processes of a job; cgroup, as real clusters do, where it can be had."""
+    asked = getattr(request, "param", "")
+    reason = no_freezer()
+    if asked == "cgroup" and reason:
+        pytest.skip(reason)
+    return asked or ("linuxproc" if reason else "cgroup")
+
+
+@pytest.fixture(scope="module")
+def cluster(proctrack: str) -> Iterator[Cluster]:
+    """Two nodes of four cores without GPUs."""
+    with Cluster(proctrack) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="session")
+def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run folder of two ranks on one node, without SLURM, that nothing has broken."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    torchrun(2, "-m", "fer_dist.train", *TRAINING, "--run.name", "unbroken", cwd=folder).ok()
+    return folder / "runs" / "unbroken"

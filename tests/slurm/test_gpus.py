@@ -1,0 +1,93 @@
+"""What a cluster with GPUs takes and refuses, and what one without does; an array of exports. The GPUs are faked."""
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.slurm.rig import TRAINING, Cluster
+from tests.test_readme import COMMANDS
+
+SBATCH = [line for line in COMMANDS if "sbatch " in line and "slurm/" in line and "container" not in line]
+SHORT = (*TRAINING, "--train.epochs", "1", "--train.steps_per_epoch", "2", "--train.device", "cpu")
+
+
+@pytest.fixture(scope="module")
+def faked(proctrack: str) -> Iterator[Cluster]:
+    """Two nodes with four GPUs each, as far as SLURM can see."""
+    with Cluster(proctrack, gpus=4) as cluster:
+        yield cluster
+
+
+def test_ranks_are_those_of_the_gpus(faked: Cluster) -> None:
+    log = faked.submit("--gpus-per-node=2", "--cpus-per-task=4", "slurm/train.sh", *SHORT).done()
+    assert "2 ranks on cpu" in log, "a rank for each GPU, not for each core"
+
+
+def test_more_than_there_are(faked: Cluster) -> None:
+    """The nodes have four GPUs each."""
+    for words in ("--gpus-per-node=5", "--nodes=2 --gpus-per-node=5"):
+        printed = faked.run("sbatch", *words.split(), "--cpus-per-task=1", "slurm/train.sh", check=False)
+        assert "Requested node configuration is not available" in printed, printed
+
+
+@pytest.mark.parametrize("line", SBATCH)
+def test_lines_of_the_readme(faked: Cluster, line: str) -> None:
+    """SLURM takes each; with two nodes in the place of four, and the cores that these nodes have."""
+    words = line.replace("--nodes=4", "--nodes=2").replace("--partition=preemptible", "--partition=low").split()
+    at = next(i for i, word in enumerate(words) if word.startswith("slurm/"))
+    words[at:at] = ["--test-only", "--cpus-per-task=1"]
+    words = [word for word in words if "=" not in word or word.startswith("--")]  # FER_WITHIN=...
+    assert "to start at" in faked.run(*words)
+
+
+def test_two_jobs_share_a_node(faked: Cluster) -> None:
+    """Each sees its own GPU only."""
+    words = ("--gpus-per-node=1", "--nodelist=node1", "--wrap", "echo GPUs $CUDA_VISIBLE_DEVICES; sleep 2")
+    jobs = [faked.submit(*words) for _ in range(2)]
+    assert sorted(job.done().strip() for job in jobs) == ["GPUs 0", "GPUs 1"]
+
+
+def test_none_where_there_are_some(faked: Cluster) -> None:
+    """The header's line is taken back by a zero, not by --gres=none."""
+    size = ("--test-only", "--cpus-per-task=2", "slurm/train.sh")
+    assert "not available" in faked.run("sbatch", "--gres=none", "--gpus-per-node=5", *size, check=False)
+    assert "to start at" in faked.run("sbatch", "--gpus-per-node=0", *size)
+
+
+def test_none_where_there_are_none(cluster: Cluster) -> None:
+    """The same where SLURM knows of no GPUs at all."""
+    size = ("--test-only", "--cpus-per-task=2", "slurm/train.sh")
+    for words in ((), ("--gres=none",)):
+        assert "Invalid generic resource" in cluster.run("sbatch", *words, *size, check=False)
+    assert "to start at" in cluster.run("sbatch", "--gpus-per-node=0", *size)
+
+
+def test_array_of_exports(cluster: Cluster, unbroken: Path) -> None:
+    """Three checkpoints over two tasks; one of them is damaged, which only its own task tells."""
+    for name in ("a", "b", "c"):
+        (cluster.work / name).mkdir()
+        shutil.copy(unbroken / "best.pth", cluster.work / name)
+    (cluster.work / "b" / "best.pth").write_bytes(b"no checkpoint")
+    paths = [f"{name}/best.pth" for name in ("a", "b", "c")]
+    size = ("--array=5-6", "--gpus-per-node=0", "--cpus-per-task=1")
+    job = cluster.submit(*size, "slurm/export.sh", *paths, "--", "--limit", "14", FER_EXPORT="export.onnx")
+    cluster.until(lambda: not cluster.run("squeue", "-h").strip(), "end of the array", 150)
+    logs = [(cluster.work / f"fer_export-{job.number}-{task}.log").read_text() for task in (5, 6)]
+    assert "export of a/best.pth" in logs[0]
+    assert "export of c/best.pth" in logs[0]
+    assert "b/best.pth: exit code 2; the others go on" in logs[1]
+    for name in ("a", "c"):
+        assert json.loads((cluster.work / name / "best.onnx.json").read_text())["kind"] == "onnx"
+    states = cluster.run("scontrol", "show", "job", job.number)
+    assert "JobState=COMPLETED" in states
+    assert "JobState=FAILED" in states
+
+
+def test_no_checkpoint(cluster: Cluster) -> None:
+    job = cluster.submit("--gpus-per-node=0", "slurm/export.sh", "--", "--limit", "14")
+    shown = job.end()
+    assert shown["ExitCode"] == "2:0"
+    assert "no checkpoint is named" in job.log

@@ -1,0 +1,160 @@
+"""slurm/train.sh on two nodes: what it trains, what it survives, and when it does not come again."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.slurm.rig import TRAINING, Cluster, Job
+from tests.workers.runs import plain_lines, starts, state_hash
+
+SLOWLY: dict[str, Any] = {"SLOW_STEP_S": "0.4"}
+"""Of the first start of a job, so that there is time to break it off."""
+
+
+def require_unbroken(folder: Path, unbroken: Path, *, begun: int = 2) -> None:
+    """The run is the unbroken one to the bit: weights, optimizer, metrics; and was started so many times."""
+    assert state_hash(folder / "last.pth") == state_hash(unbroken / "last.pth")
+    assert plain_lines(folder) == plain_lines(unbroken)
+    assert len(starts(folder)) == begun
+
+
+def test_two_nodes_are_one(cluster: Cluster, unbroken: Path) -> None:
+    """One has the run folder read-only and a cache of its own: rank 0 alone writes, each node decodes once."""
+    runs, cache = cluster.work / "runs", cluster.folder / "cache"
+    runs.mkdir(exist_ok=True)
+    cache.mkdir(exist_ok=True)
+    if cluster.own:
+        read_only = f"mount --bind {runs} {runs} && mount -o remount,bind,ro {runs}"
+        cluster.on("node2", "sh", "-c", f"{read_only} && mount -t tmpfs none {cache}")
+        assert "Read-only" in cluster.on("node2", "sh", "-c", f"touch {runs}/x 2>&1; true"), "as the test wants it"
+    try:
+        log = cluster.train("two", nodes=2).done()
+        assert "2 nodes (node[1-2])" in log
+        assert "2 ranks on cpu" in log
+        assert plain_lines(cluster.folder_of("two")) == plain_lines(unbroken), "the metrics of one node"
+        require_unbroken(cluster.folder_of("two"), unbroken, begun=1)
+        (entry,) = cache.iterdir()
+        if cluster.own:
+            assert cluster.on("node2", "ls", str(cache)).split() == [entry.name]
+    finally:
+        if cluster.own:
+            cluster.on("node2", "umount", str(runs), str(cache))
+
+
+def test_requeue(cluster: Cluster, unbroken: Path) -> None:
+    job = cluster.train("requeued", **SLOWLY)
+    job.until_step(cluster.folder_of("requeued"), 8)
+    cluster.run("scontrol", "requeue", job.number)
+    log = job.done()
+    assert "stopped: SIGTERM" in log, "saved at the next step, not at the last interval"
+    assert log.count("start 1:") == log.count("start 2:") == 1, "one log of both starts"
+    require_unbroken(cluster.folder_of("requeued"), unbroken)
+
+
+@pytest.mark.parametrize(("partition", "grace"), [("low", True), pytest.param("lowest", False, marks=pytest.mark.slow)])
+def test_preemption(cluster: Cluster, unbroken: Path, partition: str, grace: bool) -> None:
+    """With a time of grace SLURM tells the ranks only, and the script requeues; without, SLURM does."""
+    job = cluster.train(partition, f"--partition={partition}", **SLOWLY)
+    job.until_step(cluster.folder_of(partition), 8)
+    other = cluster.submit("--nodes=2", "--exclusive", "--output=/dev/null", "--wrap", "sleep 1")
+    log = job.done()
+    assert ("told to stop: requeued" in log) == grace
+    assert other.state == "COMPLETED"
+    require_unbroken(cluster.folder_of(partition), unbroken)
+
+
+def test_a_node_dies(cluster: Cluster, unbroken: Path) -> None:
+    """In mid-epoch, with its daemon and all that runs there; when it is back, the job goes on."""
+    job = cluster.train("dead-node", nodes=2, **SLOWLY)
+    job.until_step(cluster.folder_of("dead-node"), 4)
+    cluster.kill_node("node2")
+    job.until(lambda: job.shown()["Restarts"] == "1" or job.state == "PENDING", "requeue")
+    cluster.start_node("node2")
+    log = job.done()
+    assert "another rank is gone" in log or "NODE FAIL" in log
+    require_unbroken(cluster.folder_of("dead-node"), unbroken)
+
+
+def test_scancel_leaves_nothing(cluster: Cluster) -> None:
+    job = cluster.train("cancelled", nodes=2, **SLOWLY)
+    job.until_step(cluster.folder_of("cancelled"), 4)
+    cluster.run("scancel", job.number)
+    shown = job.end()
+    assert (shown["JobState"], shown["Restarts"]) == ("CANCELLED", "0")
+    cluster.until(lambda: not cluster.working(), f"end of {cluster.working()}")
+    assert "stopped: SIGTERM" in job.log, "what was trained is saved all the same"
+
+
+def require_failed(job: Job, code: int) -> str:
+    """It has ended with this exit code, and did not come again; its log."""
+    shown = job.end()
+    assert (shown["JobState"], shown["Restarts"], shown["ExitCode"]) == ("FAILED", "0", f"{code}:0"), job.told()
+    return job.log
+
+
+def test_what_is_not_requeued(cluster: Cluster) -> None:
+    """Settings that are wrong, a crash, a hook that is not there; each says why."""
+    wrong = cluster.train("wrong", settings=("--optim.lr", "-1"))
+    crash = cluster.train("crash", CRASH_STEP="3")
+    hook = cluster.train("hook", FER_SETUP="/no/such/file")
+    log = require_failed(wrong, 2)
+    assert log.count("optim.lr is -1.0, expected > 0") == 1, "told once"
+    assert "Traceback" not in log
+    log = require_failed(crash, 1)
+    assert "the test has asked for it" in log
+    assert "ended with 1: not requeued" in log
+    assert "FER_SETUP names /no/such/file" in require_failed(hook, 2)
+
+
+def test_a_cap_on_requeues(cluster: Cluster, tmp_path: Path) -> None:
+    """Stopped again and again; the hooks of a site are followed at each start."""
+    setup = tmp_path / "site.sh"
+    setup.write_text(f"echo start >> {tmp_path}/sourced\nexport FER_MAX_REQUEUES=1\n")
+    words = f"env FER_WITHIN_WAS_HERE=1 touch_and_run {tmp_path}/within"
+    within = tmp_path / "touch_and_run"
+    within.write_text('#!/bin/sh\ntouch "$1"; shift; exec "$@"\n')
+    within.chmod(0o755)
+    hooks: dict[str, Any] = {"FER_SETUP": str(setup), "FER_WITHIN": words.replace("touch_and_run", str(within))}
+    job = cluster.train("capped", STOP_STEP="3", **hooks)
+    shown = job.end()
+    assert (shown["JobState"], shown["Restarts"]) == ("FAILED", "1"), job.told()
+    assert "requeued 1 times already (FER_MAX_REQUEUES=1): not again" in job.log
+    assert (tmp_path / "sourced").read_text().count("start") == 2
+    assert (tmp_path / "within").exists()
+
+
+def test_without_scontrol(cluster: Cluster, tmp_path: Path) -> None:
+    """As within a container: the exit code says that it wants to be started again."""
+    for name in ("bash", "srun", "date", "hostname", "sed", "head", "dirname", "timeout", "sleep", "env"):
+        (tmp_path / name).symlink_to(cluster.run("which", name).strip())
+    setup = tmp_path / "site.sh"
+    setup.write_text(f"PATH={tmp_path}\nFER_PYTHON={cluster.python}\n")
+    job = cluster.train("container", STOP_STEP="3", FER_SETUP=str(setup))
+    log = require_failed(job, 75)
+    assert "RequeueExit=75" in log
+    assert "stopped: SIGUSR1" in log
+
+
+def test_a_finished_run_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
+    """The signal comes when the ranks are done, and changes nothing."""
+    within = tmp_path / "within"
+    within.write_text(
+        '#!/bin/sh\ntrap : USR1\n"$@" || exit\ncase "$*" in *fer_dist.launch*)\n'
+        f"  scancel --signal=USR1 --batch $SLURM_JOB_ID && touch {tmp_path}/told; sleep 2 ;;\nesac\nexit 0\n"
+    )
+    within.chmod(0o755)
+    job = cluster.train("finished", settings=("--train.epochs", "1"), FER_WITHIN=str(within))
+    shown = job.end()
+    assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "0"), job.told()
+    assert (tmp_path / "told").exists()
+    assert "best validation accuracy" in job.log
+
+
+def test_within_salloc(cluster: Cluster) -> None:
+    """The interactive use: the same script, in an allocation that is there."""
+    size = ("--nodes=2", "--cpus-per-task=1", "--ntasks-per-node=1")
+    training = ("--train.epochs", "1", "--train.steps_per_epoch", "2", "--run.name", "interactive")
+    printed = cluster.run("salloc", *size, "slurm/train.sh", *TRAINING, *training)
+    assert "2 nodes (node[1-2])" in printed
+    assert "best validation accuracy" in printed

@@ -1,0 +1,85 @@
+"""slurm/tune.sh: one search over two nodes, and over two starts of a job; Ray is gone whatever happens."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+from tests.slurm.rig import Cluster
+from tune.ledger import Ledger
+
+SEARCH = (
+    "--data.embedded_train", "140", "--data.embedded_val", "70", "--train.epochs", "3", "--train.global_batch", "16",
+    "--model.image_size", "32", "--run.tensorboard", "false", "--searcher", "random", "--scheduler", "none",
+)  # fmt: skip
+STRANGER = 'import sys, ray; ray.init(sys.argv[1], logging_level="ERROR"); print("let in")'
+
+
+def listening(cluster: Cluster, node: str) -> set[tuple[str, int]]:
+    """Addresses and ports that Ray listens on at a node."""
+    lines = cluster.on(node, "ss", "-Hltn").splitlines()
+    places = [line.split()[3].rpartition(":") for line in lines]
+    return {(host, int(port)) for host, _, port in places if int(port) < 32768 and int(port) != 6818}
+
+
+def require_no_ray(cluster: Cluster) -> None:
+    cluster.until(lambda: not cluster.working(), f"end of {cluster.working()}")
+    assert not list(Path("/tmp").glob("fer_ray_*"))
+
+
+def test_two_nodes(cluster: Cluster) -> None:
+    job = cluster.submit(
+        "--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1", "slurm/tune.sh", *SEARCH, "--trials", "2"
+    )
+    job.until_log("trial 001 epoch 1/3")
+    address = re.search(r"(\S+:\d+)$", job.log.splitlines()[0])
+    assert address
+    if cluster.own:
+        base = int(address[1].rpartition(":")[2])
+        for node in ("node1", "node2"):
+            assert {port for _, port in listening(cluster, node)} <= set(range(base, base + 200)), "of this job alone"
+        # Ray itself goes on asking for minutes, and is ended here.
+        command = f"RAY_AUTH_MODE=disabled timeout -s KILL 15 {sys.executable} -c '{STRANGER}' {address[1]} 2>&1; true"
+        assert "let in" not in cluster.on("node2", "sh", "-c", command), "without the token of the job"
+    log = job.done()
+    assert "2 trials, 2 at once" in log, "a core on each node"
+    assert log.count("280 pictures are ready") == 2
+    found = Ledger(cluster.work / "tune_runs" / f"job-{job.number}").trials()
+    assert [(trial.status, len(trial.records)) for trial in found] == [("finished", 3)] * 2
+    require_no_ray(cluster)
+
+
+def test_a_search_goes_on(cluster: Cluster) -> None:
+    """One node, stopped before its limit, requeued; the second start has the search of the first."""
+    size = ("--gpus-per-node=0", "--cpus-per-task=2")
+    job = cluster.submit(*size, "slurm/tune.sh", *SEARCH, "--trials", "3", "--name", "mine", "--train.epochs", "6")
+    job.until_log("trial 001 epoch 1/6")
+    if cluster.own:
+        assert {host for host, _ in listening(cluster, "node1")} <= {"127.0.0.1", "[::ffff:127.0.0.1]", "[::1]"}
+    cluster.run("scancel", "--signal=USR1", "--batch", job.number)
+    log = job.done()
+    assert "told to stop (USR1): requeued" in log
+    assert job.shown()["Restarts"] == "1"
+    found = Ledger(cluster.work / "tune_runs" / "mine").trials()
+    assert [(trial.status, len(trial.records)) for trial in found] == [("finished", 6)] * 3
+    require_no_ray(cluster)
+
+
+def test_scancel(cluster: Cluster) -> None:
+    job = cluster.submit("--gpus-per-node=0", "--cpus-per-task=1", "slurm/tune.sh", *SEARCH, "--trials", "1")
+    job.until_log("trial 001 starts")
+    cluster.run("scancel", job.number)
+    assert job.end()["JobState"] == "CANCELLED"
+    require_no_ray(cluster)
+
+
+def test_an_address_is_refused(cluster: Cluster) -> None:
+    job = cluster.submit("--gpus-per-node=0", "--cpus-per-task=1", "slurm/tune.sh", "--address", "auto")
+    assert job.end()["ExitCode"] == "2:0"
+    assert "--address is not for this script" in job.log
+
+
+def test_not_in_a_job() -> None:
+    done = subprocess.run(["bash", "slurm/tune.sh"], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "this is not a job of SLURM" in done.stderr
