@@ -45,6 +45,8 @@ class AugmentConfig(Section):
     crop: float = option(0.0, "largest part of the side that a random crop cuts away [fraction]", low=0, high=0.9)
     brightness: float = option(0.0, "largest change of brightness either way [fraction of 255]", low=0, high=1)
     contrast: float = option(0.0, "largest relative change of contrast either way [fraction]", low=0, high=1)
+    blur: float = option(0.0, "largest Gaussian blur [pixels, standard deviation]", low=0, high=5)
+    noise: float = option(0.0, "largest Gaussian noise [grey levels, standard deviation]", low=0, high=128)
     erase: float = option(0.0, "random erasing: a rectangle is erased [probability]", low=0, high=1)
     erase_area: float = option(0.2, "largest area of that rectangle [fraction of the picture]", low=0.01, high=1)
     mixup: float = option(0.0, "mixup: alpha of the Beta distribution of the weights, 0: off", low=0)

@@ -47,6 +47,7 @@ ORDER = (
     "fer_dist.data.split",
     "fer_dist.data.cache",
     "fer_dist.data.audit",
+    "fer_dist.data.quality",
     "fer_dist.data.augment",
     "fer_dist.data.feed",
     "fer_dist.models.freeze",

@@ -19,13 +19,15 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fer_dist.config import AugmentConfig
+from fer_dist.data.quality import Quality, draw_quality, spoil
 
 STREAMS = ("order", "geometry", "mixing", "portion")
 
 
-def generator(seed: int, epoch: int, stream: str) -> np.random.Generator:
-    """The random stream of one epoch and one purpose: a counter-based generator, keyed."""
-    return np.random.Generator(np.random.Philox(key=[seed * len(STREAMS) + STREAMS.index(stream), epoch]))
+def generator(seed: int, epoch: int, stream: str, part: int = 0) -> np.random.Generator:
+    """The random stream of one epoch and one purpose: a counter-based generator, keyed; its parts are far apart."""
+    bits = np.random.Philox(key=[seed * len(STREAMS) + STREAMS.index(stream), epoch])
+    return np.random.Generator(bits.jumped(part) if part else bits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,6 +38,7 @@ class Draws:
         affine_N6: float32; where an output pixel (x, y) in -1..1 is sampled:
             (a*x + b*y + c, d*x + e*y + f).
         colour_N2: float32; factor of contrast, shift of brightness [grey levels].
+        quality: blur and noise; None: none.
         erase_N5: float32; box x0, y0, x1, y1 in -1..1 (empty: nothing is erased), its grey.
         partner_N: int64; the sample that is mixed in.
         mix_N5: float32; weight of the sample itself and the box that shows the partner
@@ -45,6 +48,7 @@ class Draws:
 
     affine_N6: Tensor
     colour_N2: Tensor
+    quality: Quality | None
     erase_N5: Tensor
     partner_N: Tensor
     mix_N5: Tensor
@@ -72,6 +76,7 @@ def draw(
         colour_N2=_float(
             np.stack([1 + config.contrast * (2 * u[:, 8] - 1), 255 * config.brightness * (2 * u[:, 9] - 1)], 1)
         ),
+        quality=draw_quality(config, generator(seed, epoch, "geometry", part=1), count),
         erase_N5=_float(_erasing(config, u[:, 10:])),
         partner_N=torch.from_numpy(partner_N),
         mix_N5=_float(mix_N5),
@@ -80,7 +85,7 @@ def draw(
 
 
 def augment(images_N1SS: Tensor, draws: Draws, rows_N: Tensor) -> Tensor:
-    """Geometry, colour and erasing of a batch.
+    """Geometry, colour, blur, noise and erasing of a batch.
 
     Args:
         images_N1SS: uint8 `[N, 1, S, S]`.
@@ -101,6 +106,8 @@ def augment(images_N1SS: Tensor, draws: Draws, rows_N: Tensor) -> Tensor:
     # Integer sums are exact, so that the pivot of the contrast is the same in every batch.
     pivot = (images_N1SS.sum((1, 2, 3), dtype=torch.int64).double() / side**2).float().view(n, 1, 1)
     out = ((out - pivot) * contrast + pivot + brightness).clamp_(0, 255)
+    if draws.quality is not None:
+        out = spoil(out, draws.quality, rows_N)
     x0, y0, x1, y1, grey = _columns(draws.erase_N5, rows_N, device)
     return torch.where(_inside(x, y, x0, y0, x1, y1), grey, out).unsqueeze(1)
 
