@@ -7,7 +7,7 @@ from fer_dist.serve.predictor import newest_model
 
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 NAME = "patt_lite.onnx"
-"""Beside it `patt_lite.onnx.json` (see `serve.artifact`), MODEL_CARD.md, and measured.json, of which the card is made."""
+"""Beside it: `patt_lite.onnx.json` (`serve.artifact`), MODEL_CARD.md, and measured.json, of which the card is made."""
 
 
 def shipped_model() -> Path | None:
