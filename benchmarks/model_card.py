@@ -78,6 +78,10 @@ def gather(folder: Path, failures: str) -> dict[str, Any]:
                 "python -m benchmarks.reproduce makes them again",
             )
     robustness = _json(folder / "robustness.json") if (folder / "robustness.json").exists() else {"rows": []}
+    if robustness.get("limit") is not None:
+        raise UserError(
+            f"{folder / 'robustness.json'} is of {robustness['limit']} pictures, not of all", "measure without --limit"
+        )
     return {
         "artifact": {
             "name": NAME,

@@ -97,12 +97,15 @@ def _require_names(path: Path, out: Path) -> None:
 def _lines(found: "Fit", before: float, total: float) -> list[str]:
     """The numbers, for people."""
     old = "" if before == 1 else f", on top of {before:.4f}: {total:.4f} in all"
+    worse = found.ece_cross_fitted > found.ece_before
+    note = "note: the calibration error grew: it is too sure in one range and not sure enough in another, which one "
     return [
         f"temperature         {found.temperature:.4f}{old}",
         f"calibration error   {100 * found.ece_before:.2f}% before, {100 * found.ece_cross_fitted:.2f}% after, on "
         "pictures that it was not fitted on (15 bins, five folds)",
         f"log-likelihood      {-found.nll_before:.4f} nats a picture before, {-found.nll_after:.4f} after, "
         f"{-found.nll_cross_fitted:.4f} on pictures that it was not fitted on",
+        *([f"{note}temperature cannot mend (label smoothing does that)"] if worse else []),
     ]
 
 

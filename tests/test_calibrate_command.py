@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from export.graph import to_onnx
-from fer_dist.calibrate import SPLIT_CODES, main
+from fer_dist.calibrate import SPLIT_CODES, _lines, main
 from fer_dist.engine.checkpoint import load, save, write_safetensors
+from fer_dist.engine.temperature import Fit
 from fer_dist.errors import EXIT_USER_ERROR
 from fer_dist.evaluate import main as evaluate
 from fer_dist.serve.artifact import file_sha256, read_onnx_metadata
@@ -156,6 +157,14 @@ def test_what_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
         assert told in err, words
         assert "Traceback" not in err
         assert "\n  -> " in err
+
+
+def test_a_calibration_error_that_grew_is_told() -> None:
+    """As of a model trained with label smoothing, whose likelihood gains while its bins move apart."""
+    values = {"nll_before": 0.92, "nll_after": 0.91, "nll_cross_fitted": 0.91, "count": 3589, "seed": 0}
+    found = Fit(temperature=0.93, ece_before=0.037, ece_cross_fitted=0.047, **values)  # type: ignore[arg-type]
+    assert "note: the calibration error grew" in _lines(found, 1.0, 0.93)[-1]
+    assert "note" not in "".join(_lines(replace(found, ece_cross_fitted=0.02), 1.0, 0.93))
 
 
 def test_help_is_fast() -> None:

@@ -252,6 +252,15 @@ def test_reports_of_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         gather(tmp_path / "out", "")
 
 
+def test_robustness_of_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = stage(tmp_path, monkeypatch)
+    assert made.go() == 0
+    path = tmp_path / "out" / "robustness.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"limit": 300}))
+    with pytest.raises(UserError, match="of 300 pictures, not of all"):
+        gather(tmp_path / "out", "")
+
+
 # -- the training
 
 
