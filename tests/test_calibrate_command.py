@@ -19,7 +19,7 @@ from fer_dist.evaluate import main as evaluate
 from fer_dist.serve.artifact import file_sha256, read_onnx_metadata
 from fer_dist.serve.runner import open_runner
 from tests.conftest import ROOT
-from tests.export.rig import command, content, drawn, nothing_changes, saved
+from tests.export.rig import command, content, drawn, nothing_changes, saved, too_sure
 from tests.models.tiny import pictures
 
 DRAWN_VAL = 140
@@ -27,28 +27,10 @@ DRAWN_VAL = 140
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """best.pth: a tiny patt_lite whose last layer has learned the drawn faces of its validation part, and far too well.
-
-    Ridge regression on its features, and a part of the labels changed: sure of answers that are often wrong.
-    """
+    """best.pth: a tiny patt_lite that is sure of answers which are often wrong; its validation part are drawn faces."""
     folder = tmp_path_factory.mktemp("calibrate")
     checkpoint = load(saved(folder, "patt_lite"))
-    model = checkpoint.model()
-    asked = drawn(model)
-    features: list[torch.Tensor] = []
-    network: Any = model.network
-    handle = network.classifier.register_forward_hook(lambda layer, given, answer: features.append(given[0].detach()))
-    model(asked.images_N1SS)
-    handle.remove()
-    x_NF = features[0].double()
-    mean_F, deviation_F = x_NF.mean(0), x_NF.std(0) + 1e-6
-    z_NF = (x_NF - mean_F) / deviation_F
-    y_NK = torch.nn.functional.one_hot(asked.labels_N, 7).double()
-    weight_FK = torch.linalg.solve(z_NF.T @ z_NF + 10 * torch.eye(z_NF.shape[1]).double(), z_NF.T @ y_NK)
-    weight_KF = 40 * (weight_FK / deviation_F[:, None]).T
-    weights = dict(checkpoint.weights)
-    weights["network.classifier.weight"] = weight_KF.float()
-    weights["network.classifier.bias"] = (-weight_KF @ mean_F).float()
+    weights = too_sure(checkpoint, drawn(checkpoint.model()))
     save(folder / "best.pth", replace(checkpoint, weights=weights, provenance={"torch": "x"}))
     return folder
 

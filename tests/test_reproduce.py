@@ -50,9 +50,10 @@ class Stage:
         if module == "fer_dist.calibrate":
             assert not (out / CHECKPOINT).exists(), "the command replaces nothing"
             best = load(self.run / "best.pth")
-            entry = dict.fromkeys(("nll_before", "nll_after", "nll_cross_fitted"), 0.9)
+            entry: dict[str, Any] = dict.fromkeys(("nll_before", "nll_after", "nll_cross_fitted"), 0.9)
             entry |= {"ece_before": 0.0372, "ece_cross_fitted": 0.0211, "temperature": 1.25, "count": 70}
-            save(out / CHECKPOINT, changed(best, provenance={"calibration": {**entry, "split": "val"}}))
+            entry["split"] = "val"
+            save(out / CHECKPOINT, changed(best, provenance={"calibration": entry}))
         elif module == "export.onnx":
             self.export(out, int8=rest[-1] == "int8")
             return subprocess.CompletedProcess(words, self.code if rest[-1] == "int8" else 0)
@@ -113,7 +114,7 @@ def changed(checkpoint: Any, **values: Any) -> Any:
 
 def stage(folder: Path, monkeypatch: pytest.MonkeyPatch, **values: Any) -> Stage:
     made = Stage(folder, **values)
-    monkeypatch.setattr(reproduce.subprocess, "run", made)
+    monkeypatch.setattr(subprocess, "run", made)
     return made
 
 
