@@ -76,7 +76,7 @@ class Stage:
         if int8 and self.code:
             return
         path.write_bytes(b"small")
-        parity = dict.fromkeys(model_card._PARITY, 0.7) | {"passed": True, "count": 70, "of": 70}
+        parity: dict[str, Any] = dict.fromkeys(model_card._PARITY, 0.7) | {"passed": True, "count": 70, "of": 70}
         parity |= {"accuracy_delta": -self.lost if int8 else 0.0, "data": f"validation part of {self.data}"}
         about = ExportedModel(
             kind="onnx",
