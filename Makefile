@@ -3,10 +3,12 @@
 #   PYTHON=python3.12    the interpreter to make .venv with (3.11 or 3.12)
 #   CONSTRAINTS=FILE     versions for pip; CONSTRAINTS= takes the newest
 #   PYTEST="-m slow"     arguments for pytest, with `make test`
+#   DATA=archive.zip     FER2013, with `make reproduce`; WEIGHTS=FILE, RECIPE=NAME, RUN=FOLDER, INTO=FOLDER as well
 
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 PYTEST ?=
+RECIPE ?= patt_lite_best
 
 VENV := .venv
 BIN := $(VENV)/bin
@@ -14,7 +16,7 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PIN = $(if $(strip $(CONSTRAINTS)),-c $(CONSTRAINTS))
 
-.PHONY: help install demo test check format clean FORCE
+.PHONY: help install demo reproduce test check format clean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## this list
@@ -26,6 +28,12 @@ install: $(STAMP)  ## make .venv, with every extra that this machine can have
 
 demo: install  ## train patt_lite on drawn faces with two ranks: under 3 minutes on 2 cores
 	$(BIN)/torchrun --standalone --nproc_per_node=2 -m fer_dist.train --config demo
+
+reproduce: install  ## from FER2013's archive to the model that ships: make reproduce DATA=archive.zip
+	@test -n "$(DATA)" || { echo "error: make reproduce needs the pictures of FER2013" >&2; \
+	  echo "  -> make reproduce DATA=archive.zip" >&2; exit 2; }
+	$(BIN)/python -m benchmarks.reproduce --data "$(DATA)" --recipe "$(RECIPE)" $(if $(WEIGHTS),--weights "$(WEIGHTS)") \
+	  $(if $(RUN),--run "$(RUN)") $(if $(wildcard docs/failures.md),--failures docs/failures.md) $(if $(INTO),--into "$(INTO)")
 
 test: install  ## run the tests
 	$(BIN)/python -m pytest $(PYTEST)

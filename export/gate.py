@@ -14,7 +14,7 @@ from fer_dist.errors import Rejected, UserError, printable
 from fer_dist.serve.artifact import Precision
 from fer_dist.serve.dataset import Pictures
 from fer_dist.serve.runner import Runner
-from fer_dist.spec import ModelSpec
+from fer_dist.spec import InputSpec, ModelSpec
 
 SELF_CONSISTENT = 1e-4
 """Largest difference between an artifact's probabilities and the softmax of its own logits."""
@@ -191,7 +191,7 @@ def require_same_model(report: ParityReport, runner: Runner, spec: ModelSpec, ch
         checkpoint_sha256: of the checkpoint that it should be made from; empty: any.
     """
     reasons = list(report.reasons)
-    if (runner.spec.arch, runner.spec.input) != (spec.arch, spec.input):
+    if _network(runner.spec) != _network(spec):
         reasons.append(f"it says that it is {_told(runner.spec)}, not {_told(spec)}")
     if runner.spec.labels != spec.labels:
         reasons.append(f"its labels are {_listed(runner.spec)}, not {_listed(spec)}")
@@ -262,7 +262,13 @@ def _part(of_one: float) -> str:
 
 
 def _told(spec: ModelSpec) -> str:
-    return printable(f"{spec.arch} {spec.input}"[:300])
+    arch, shown, temperature = _network(spec)
+    return printable(f"{arch} {shown}, temperature {temperature:.4g}"[:300])
+
+
+def _network(spec: ModelSpec) -> tuple[str, InputSpec, float]:
+    """What an artifact must have in common with its reference, labels aside."""
+    return spec.arch, spec.input, spec.temperature
 
 
 def _listed(spec: ModelSpec) -> str:

@@ -31,11 +31,12 @@ def _main(argv: Sequence[str]) -> None:
 
     from fer_dist.serve.faces import YuNet
     from fer_dist.serve.measured import measured
-    from fer_dist.serve.predictor import Predictor, newest_model
+    from fer_dist.serve.predictor import Predictor
     from fer_dist.serve.runner import open_runner
+    from fer_dist.serve.shipped import default_model
     from fer_dist.serve.viewer import Viewer
 
-    path = given.model or newest_model()
+    path = given.model or default_model()
     with (
         open_runner(path, device=given.device, provider=given.device) as runner,
         tempfile.TemporaryDirectory(prefix="fer_dist-", ignore_cleanup_errors=True) as uploads,
@@ -65,7 +66,7 @@ def _main(argv: Sequence[str]) -> None:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(PROG, ABOUT)
-    parser.add_argument("--model", metavar="FILE", type=Path, help=".pth, .onnx or .engine (newest runs/*/best.pth)")
+    parser.add_argument("--model", metavar="FILE", type=Path, help=".pth, .onnx or .engine (the one that ships)")
     parser.add_argument("--port", metavar="N", type=_port, help="of 127.0.0.1 (the first free one from 7860 on)")
     parser.add_argument("--no-browser", action="store_true", help="do not open the page, only print its address")
     parser.add_argument("--detail", metavar="PIXELS", type=int, default=960, help="as in predict (960)")

@@ -1,4 +1,4 @@
-"""`python -m fer_dist.evaluate ARTIFACT... --data PATH --split val|test`: how good models are, and where they err."""
+"""`python -m fer_dist.evaluate [ARTIFACT...] --data PATH --split val|test`: how good models are, and where they err."""
 
 import json
 import sys
@@ -35,10 +35,11 @@ def _main(argv: Sequence[str]) -> None:
         parser.error(f"--batch is {given.batch}, --mistakes {given.mistakes}; expected at most 65536 and 1000")
 
     from fer_dist.serve.evaluation import Task, evaluate
+    from fer_dist.serve.shipped import require_shipped
     from fer_dist.world import join
 
     task = Task(
-        paths=tuple(given.paths),
+        paths=tuple(given.paths) or (require_shipped(),),
         split=SPLIT_CODES[given.split],
         data=given.data,
         train_data=given.train_data,
@@ -58,7 +59,9 @@ def _main(argv: Sequence[str]) -> None:
 
 def _parser() -> Parser:
     parser = Parser(PROG, ABOUT)
-    parser.add_argument("paths", metavar="ARTIFACT", type=Path, nargs="+", help="best.pth, best.onnx, ...")
+    parser.add_argument(
+        "paths", metavar="ARTIFACT", type=Path, nargs="*", help="best.pth, ...; default: the model that ships"
+    )
     parser.add_argument("--data", metavar="PATH", help="the data set; default: that of the first artifact's training")
     parser.add_argument("--split", choices=tuple(SPLIT_CODES), default="val", help="the part that judges; default: val")
     parser.add_argument(

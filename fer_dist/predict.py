@@ -35,10 +35,11 @@ def _main(argv: Sequence[str]) -> None:
     given = _parse(argv)
 
     from fer_dist.serve.faces import DETAIL, MARGIN, YuNet
-    from fer_dist.serve.predictor import Predictor, newest_model
+    from fer_dist.serve.predictor import Predictor
     from fer_dist.serve.runner import open_runner
+    from fer_dist.serve.shipped import default_model
 
-    path = given.model or newest_model()
+    path = given.model or default_model()
     with open_runner(path, device=given.device, provider=given.device) as runner, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's, of odd metadata, which says nothing about pixels
         detector = None if given.no_detect else YuNet(DETAIL if given.detail is None else given.detail)
@@ -50,7 +51,7 @@ def _main(argv: Sequence[str]) -> None:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = Parser(PROG, ABOUT)
     parser.add_argument("paths", metavar="IMAGE_OR_FOLDER", type=Path, nargs="+", help="pictures, and folders of them")
-    parser.add_argument("--model", metavar="FILE", type=Path, help=".pth, .onnx or .engine (newest runs/*/best.pth)")
+    parser.add_argument("--model", metavar="FILE", type=Path, help=".pth, .onnx or .engine (the one that ships)")
     parser.add_argument("--json", metavar="FILE", type=Path, help="write everything as JSON")
     parser.add_argument("--csv", metavar="FILE", type=Path, help="write a line for each face")
     parser.add_argument("--out", metavar="DIR", type=Path, help="write copies with boxes and labels into this folder")

@@ -26,6 +26,9 @@ _ALIASES = {
 LARGEST = 1024
 """Largest side of a picture [pixels], and most labels, that a spec from a file may have."""
 
+LOWEST, HIGHEST = 0.01, 100.0
+"""Of a temperature: beyond these a model knows nothing, or its answers were all right, and float16 overflows."""
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -73,12 +76,18 @@ class InputSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSpec:
-    """Everything needed to build the network again, weights aside."""
+    """Everything needed to build the network again, weights aside.
+
+    Attributes:
+        options: sizes of the architecture.
+        temperature: what the network's logits are divided by (`fer_dist.calibrate`); 1 while it trains.
+    """
 
     arch: str
     labels: LabelSet = field(default_factory=LabelSet)
     input: InputSpec = field(default_factory=InputSpec)
     options: dict[str, Any] = field(default_factory=dict)
+    temperature: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values only, as they are stored in checkpoints and JSON files."""
@@ -89,7 +98,7 @@ class ModelSpec:
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> "ModelSpec":
-        """The inverse of `to_dict`; the dictionary may come from a stranger's file.
+        """The inverse of `to_dict`; the dictionary may come from a stranger's file, or from before temperatures.
 
         Raises:
             KeyError, TypeError, ValueError: the dictionary is not one of ours.
@@ -100,6 +109,7 @@ class ModelSpec:
             labels=LabelSet(names=tuple(plain["labels"])),
             input=InputSpec(**values),
             options=dict(plain["options"]),
+            temperature=plain.get("temperature", 1.0),
         )
         names, shown = spec.labels.names, spec.input
         sizes = all(type(size) is int and 1 <= size <= LARGEST for size in (shown.size, shown.image_size))
@@ -113,4 +123,6 @@ class ModelSpec:
             raise ValueError("its labels are no different names")
         if not all(type(name) is str for name in spec.options):
             raise ValueError("its options have no names")
+        if type(spec.temperature) is not float or not LOWEST <= spec.temperature <= HIGHEST:
+            raise ValueError(f"its temperature is no number within {LOWEST}..{HIGHEST}")
         return spec

@@ -355,7 +355,7 @@ def test_bad_arguments(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
     best = folder / "best.pth"
     (tmp_path / "file").touch()
     for words, told in (
-        ([], "ARTIFACT"),
+        (["--data", tmp_path / "nothing.csv", "--split", "train"], "--split"),
         ([best, "--split", "train"], "--split"),
         ([best, "--tta", "twelve"], "--tta"),
         ([best, "--batch", "0"], "--batch"),

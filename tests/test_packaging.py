@@ -28,6 +28,8 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = folder / "source"
     for name in (*PACKAGES, "tests"):
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    (source / "fer_dist" / "assets").mkdir(exist_ok=True)  # the model that ships may not be there yet
+    (source / "fer_dist" / "assets" / "MODEL_CARD.md").touch()
     (source / "tune_runs").mkdir()  # a folder of results with a tempting name
     for extra in ("tune_runs", "tests"):
         (source / extra / "__init__.py").touch()
@@ -72,6 +74,7 @@ def test_it_holds_the_packages_and_nothing_else(wheel: Path) -> None:
     assert {name for name in held if Path(name).suffix in (".py", ".yaml", ".typed")} == sources
     assert {name.split("/")[0] for name in held} == set(PACKAGES)
     assert {f"fer_dist/recipes/{name}.yaml" for name in ("demo", "vit", "patt_lite", "vit_mae")} < held
+    assert "fer_dist/assets/MODEL_CARD.md" in held
     assert "licenses/LICENSE" in information
 
 

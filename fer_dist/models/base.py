@@ -92,7 +92,7 @@ class FaceModel(nn.Module):
     def forward(self, images_N1SS: Tensor) -> Tensor:
         """uint8, or floating on 0..255, `[N, 1, S, S]` -> logits `[N, K]` in the type of the parameters."""
         logits_NK: Tensor = self.network(self.preprocess(images_N1SS))
-        return logits_NK
+        return self._tempered(logits_NK)
 
     @property
     def shows_attention(self) -> bool:
@@ -102,8 +102,12 @@ class FaceModel(nn.Module):
     def with_attention(self, images_N1SS: Tensor) -> tuple[Tensor, Tensor]:
         """The logits, and the part that each place of the network's grid has in the attention: `[N, h, w]`, sum 1."""
         network: Any = self.network
-        found: tuple[Tensor, Tensor] = network.with_attention(self.preprocess(images_N1SS))
-        return found
+        logits_NK, attention_NHW = network.with_attention(self.preprocess(images_N1SS))
+        return self._tempered(logits_NK), attention_NHW
+
+    def _tempered(self, logits_NK: Tensor) -> Tensor:
+        """The network's logits at the temperature of the spec; with 1, not touched, in a graph neither."""
+        return logits_NK if self.spec.temperature == 1 else logits_NK / self.spec.temperature
 
     def freeze(self, depth: int) -> Self:
         """Freeze the stem and the first `depth` blocks (0: nothing); frozen batch-norm stays in evaluation mode.

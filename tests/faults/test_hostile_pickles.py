@@ -19,6 +19,7 @@ import torch
 from export.console import Wish
 from export.pipeline import export
 from fer_dist.app import _main as app
+from fer_dist.calibrate import _main as calibrate
 from fer_dist.config import Config
 from fer_dist.data.faces import VAL
 from fer_dist.engine.checkpoint import SEAL, SEAL_BYTES
@@ -134,6 +135,7 @@ PLACES: dict[str, Callable[[Path], object]] = {
     "export": lambda path: sealed_for(path, lambda: export(Wish(path=path))),
     "export.parity": lambda path: sealed_for(path, lambda: settings_of(path)),
     "fer_dist.evaluate": lambda path: sealed_for(path, lambda: judged(path)),
+    "fer_dist.calibrate": lambda path: sealed_for(path, lambda: calibrate([str(path)])),
     "fer_dist.predict": lambda path: sealed_for(path, lambda: predict(["picture.png", "--model", str(path)])),
     "fer_dist.app": lambda path: sealed_for(path, lambda: app(["--no-browser", "--model", str(path)])),
     "open_runner": lambda path: sealed_for(path, lambda: open_runner(path)),

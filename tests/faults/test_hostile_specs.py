@@ -49,6 +49,13 @@ FOREIGN = {
     "mean is not finite": put("spec", "input", "mean", value=[0.5, 0.5, float("nan")]),
     "deviation is zero": put("spec", "input", "std", value=[0.0, 1.0, 1.0]),
     "another field": put("spec", "input", "more", value=1),
+    "temperature is text": put("spec", "temperature", value="1.0"),
+    "temperature is true": put("spec", "temperature", value=True),
+    "temperature is zero": put("spec", "temperature", value=0.0),
+    "temperature is below zero": put("spec", "temperature", value=-1.0),
+    "temperature is no number": put("spec", "temperature", value=float("nan")),
+    "temperature is infinite": put("spec", "temperature", value=float("inf")),
+    "temperature melts": put("spec", "temperature", value=1e30),
     "options are a list": put("spec", "options", value=[1]),
     "options without names": put("spec", "options", value={1: 2}),
     "spec is text": put("spec", value="patt_lite"),
@@ -105,6 +112,13 @@ def test_what_does_not_fit_is_not_built(kind: str, content: dict[str, Any], tmp_
     with pytest.raises(UserError, match=message) as caught:
         load(tmp_path / "x.pth").model()
     assert caught.value.fix
+
+
+def test_a_spec_of_before_has_no_temperature(content: dict[str, Any], tmp_path: Path) -> None:
+    changed = copy.deepcopy(content)
+    assert changed["spec"].pop("temperature") == 1.0
+    write(changed, tmp_path / "x.pth")
+    assert load(tmp_path / "x.pth").spec == tiny_model("patt_lite").spec
 
 
 def test_ours_comes_back(content: dict[str, Any], tmp_path: Path) -> None:

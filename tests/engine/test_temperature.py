@@ -1,0 +1,112 @@
+"""Temperature scaling: against a plain search, numbers by hand, and answers of which the temperature is known."""
+
+import numpy as np
+import pytest
+
+from fer_dist.engine.calibration import calibration
+from fer_dist.engine.temperature import FOLDS, LEAST, best_temperature, cross_fitted, fit, folds, nll, require_bounds
+from fer_dist.errors import UserError
+
+
+def drawn(count: int, times: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Logits `[count, 7]`, `times` too large for labels that are drawn from their softmax."""
+    random = np.random.default_rng(seed)
+    logits_NK = random.normal(size=(count, 7)) * 1.5
+    p_NK = np.exp(logits_NK)
+    p_NK /= p_NK.sum(1, keepdims=True)
+    labels_N = (p_NK.cumsum(1) > random.random((count, 1))).argmax(1)
+    return logits_NK * times, labels_N
+
+
+@pytest.mark.parametrize("times", [0.3, 1.0, 2.5, 8.0])
+def test_the_temperature_of_drawn_answers(times: float) -> None:
+    """Labels drawn from softmax(z), a model that says z * times: its temperature is `times`."""
+    logits_NK, labels_N = drawn(20_000, times)
+    found = fit(logits_NK, labels_N)
+    assert found.temperature == pytest.approx(times, rel=0.03)
+    assert found.ece_cross_fitted < 0.012
+    assert found.nll_after <= found.nll_cross_fitted <= found.nll_after + 1e-3
+    if times != 1:
+        assert found.ece_before > 3 * found.ece_cross_fitted
+        assert found.nll_before > found.nll_after + 0.01
+
+
+def test_no_other_temperature_is_better() -> None:
+    logits_NK, labels_N = drawn(300, 2.0, seed=3)
+    temperature = best_temperature(logits_NK, labels_N)
+    least = nll(logits_NK / temperature, labels_N)
+    assert all(nll(logits_NK / t, labels_N) >= least for t in np.geomspace(0.02, 50, 400))
+    near = [nll(logits_NK / (temperature * factor), labels_N) - least for factor in (0.99, 1.01)]
+    assert all(0 < rise < 1e-3 for rise in near)
+
+
+def test_logits_or_log_probabilities_are_the_same() -> None:
+    logits_NK, labels_N = drawn(200, 2.0)
+    log_p_NK = logits_NK - np.log(np.exp(logits_NK).sum(1, keepdims=True))
+    assert fit(log_p_NK, labels_N).temperature == pytest.approx(fit(logits_NK, labels_N).temperature, rel=1e-9)
+
+
+def test_nll_by_hand() -> None:
+    """Two pictures, answers of 3/4 and 1/4 for the true class."""
+    logits_NK = np.log(np.array([[3.0, 1.0], [3.0, 1.0]])) + 5
+    assert nll(logits_NK, np.array([0, 1])) == pytest.approx(-(np.log(0.75) + np.log(0.25)) / 2)
+
+
+def test_folds_are_of_equal_size_and_mix() -> None:
+    labels_N = np.repeat(np.arange(7), [30, 6, 41, 5, 99, 11, 8])
+    fold_N = folds(labels_N, 0)
+    assert sorted(set(fold_N.tolist())) == list(range(FOLDS))
+    for part in (np.arange(200), *(np.flatnonzero(labels_N == k) for k in range(7))):
+        counts = np.bincount(fold_N[part], minlength=FOLDS)
+        assert counts.max() - counts.min() <= 1
+    assert np.array_equal(fold_N, folds(labels_N, 0))
+    assert not np.array_equal(fold_N, folds(labels_N, 1))
+
+
+def test_nothing_is_fitted_on_itself() -> None:
+    """The answer to a picture does not change with its own label."""
+    logits_NK, labels_N = drawn(100, 2.0)
+    fold_N = folds(labels_N, 0)
+    first = np.flatnonzero(fold_N == fold_N[0])
+    changed_NK, other_NK = logits_NK.copy(), cross_fitted(logits_NK, labels_N, 0)
+    changed_NK[0] *= -1
+    again_NK = cross_fitted(changed_NK, labels_N, 0)
+    assert np.array_equal(again_NK[first[1:]], other_NK[first[1:]])
+    elsewhere = np.flatnonzero(fold_N != fold_N[0])
+    assert not np.allclose(again_NK[elsewhere], other_NK[elsewhere], rtol=1e-6)
+
+
+def test_the_cross_fitted_error_is_pooled() -> None:
+    logits_NK, labels_N = drawn(500, 3.0)
+    found = fit(logits_NK, labels_N, seed=4)
+    p_NK = np.exp(cross_fitted(logits_NK, labels_N, 4))
+    assert p_NK.sum(1) == pytest.approx(np.ones(500))
+    assert found.ece_cross_fitted == pytest.approx(calibration(p_NK, labels_N).ece)
+    assert (found.count, found.seed) == (500, 4)
+
+
+@pytest.mark.parametrize(
+    ("logits_NK", "labels_N", "message"),
+    [
+        (np.zeros((LEAST - 1, 7)), np.zeros(LEAST - 1, np.int64), "24 pictures are too few .* expected at least 25"),
+        (np.full((30, 7), np.nan), np.zeros(30, np.int64), "a NaN or an infinity"),
+        (np.eye(7)[np.arange(35) % 7], np.arange(35) % 7, "no temperature within .* 35 pictures .* gets 100.0% right"),
+        (np.eye(7)[np.arange(35) % 7], (np.arange(35) + 1) % 7, "no temperature within .* gets 0.0% right"),
+        (np.zeros((35, 7)), np.arange(35) % 7, "no temperature within"),
+    ],
+)
+def test_what_has_no_temperature(logits_NK: np.ndarray, labels_N: np.ndarray, message: str) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        fit(logits_NK, labels_N)
+    assert caught.value.fix
+
+
+def test_the_smallest_set_that_is_taken() -> None:
+    logits_NK, labels_N = drawn(LEAST, 2.0, seed=1)
+    assert 0.5 < fit(logits_NK, labels_N).temperature < 10
+
+
+def test_bounds() -> None:
+    assert require_bounds(2.0) == 2.0
+    with pytest.raises(UserError, match=r"multiply to 1e\+03, expected 0\.01\.\.100"):
+        require_bounds(1000.0)

@@ -1,0 +1,164 @@
+"""`python -m fer_dist.calibrate`: the temperature in a checkpoint and in what is exported from it; what is refused."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from export.graph import to_onnx
+from fer_dist.calibrate import SPLIT_CODES, _lines, main
+from fer_dist.engine.checkpoint import load, save, write_safetensors
+from fer_dist.engine.temperature import Fit
+from fer_dist.errors import EXIT_USER_ERROR
+from fer_dist.evaluate import main as evaluate
+from fer_dist.serve.artifact import file_sha256, read_onnx_metadata
+from fer_dist.serve.runner import open_runner
+from tests.conftest import ROOT
+from tests.export.rig import command, content, drawn, nothing_changes, saved, too_sure
+from tests.models.tiny import pictures
+
+DRAWN_VAL = 140
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """best.pth: a tiny patt_lite that is sure of answers which are often wrong; its validation part are drawn faces."""
+    folder = tmp_path_factory.mktemp("calibrate")
+    checkpoint = load(saved(folder, "patt_lite"))
+    weights = too_sure(checkpoint, drawn(checkpoint.model()))
+    save(folder / "best.pth", replace(checkpoint, weights=weights, provenance={"torch": "x"}))
+    return folder
+
+
+def report_of(path: Path, out: Path) -> dict[str, Any]:
+    assert command(evaluate, path, "--out", out) == 0
+    found: dict[str, Any] = json.loads((out / "report.json").read_text())
+    return found
+
+
+def test_it_is_as_sure_as_it_is_right(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """No answer changes; the likelihood gains; the entry says what evaluate says."""
+    out = tmp_path / "warm.pth"
+    with nothing_changes(folder):
+        assert command(main, folder / "best.pth", "--out", out) == 0
+    printed = capsys.readouterr().out
+    before, after = load(folder / "best.pth"), load(out)
+    entry = after.provenance["calibration"]
+    assert after.spec == replace(before.spec, temperature=entry["temperature"])
+    assert entry["temperature"] > 1.5
+    assert f"temperature         {entry['temperature']:.4f}\n" in printed
+    assert after.provenance == {"torch": "x", "calibration": entry}
+    assert (entry["count"], entry["split"], entry["checkpoint_sha256"]) == (
+        DRAWN_VAL,
+        "val",
+        file_sha256(folder / "best.pth"),
+    )
+    assert all(torch.equal(after.weights[name], value) for name, value in before.weights.items())
+    told = [report_of(folder / "best.pth", tmp_path / "a"), report_of(out, tmp_path / "b")]
+    assert told[0]["artifacts"][0]["confusion"] == told[1]["artifacts"][0]["confusion"]
+    assert [one["loss"] for one in told] == pytest.approx([entry["nll_before"], entry["nll_after"]])
+    assert told[0]["ece"] == pytest.approx(entry["ece_before"])
+    assert told[1]["ece"] < told[0]["ece"] - 0.05
+    assert entry["ece_cross_fitted"] < told[0]["ece"] - 0.05
+
+
+def test_a_second_time_gives_the_same_in_all(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Recalibrated, a checkpoint has the temperature that the first one would get; also where the first was wrong."""
+    first, again = tmp_path / "first.pth", tmp_path / "again.pth"
+    assert command(main, folder / "best.pth", "--out", first) == 0
+    wanted = load(first).spec.temperature
+    wrong = load(folder / "best.pth")
+    save(tmp_path / "wrong.pth", replace(wrong, spec=replace(wrong.spec, temperature=0.4)))
+    for path in (first, tmp_path / "wrong.pth"):
+        again.unlink(missing_ok=True)
+        capsys.readouterr()
+        assert command(main, path, "--out", again) == 0
+        assert load(again).spec.temperature == pytest.approx(wanted, rel=1e-4)
+        assert f"on top of {load(path).spec.temperature:.4f}: {wanted:.4f} in all" in capsys.readouterr().out
+
+
+def test_it_goes_into_what_is_exported(folder: Path, tmp_path: Path) -> None:
+    """The graph says and does it; a model without one has the graph that it always had."""
+    out = tmp_path / "best.calibrated.pth"
+    assert command(main, folder / "best.pth", "--out", out) == 0
+    plain, warm = load(folder / "best.pth").model(), load(out).model()
+    graphs = [to_onnx(model, file_sha256(out)) for model in (plain, warm)]
+    kinds = [[node.op_type for node in graph.graph.node] for graph in graphs]
+    assert len(kinds[1]) == len(kinds[0]) + 1
+    spec, _, _ = read_onnx_metadata({p.key: p.value for p in graphs[1].metadata_props})
+    assert spec == warm.spec
+    (tmp_path / "best.onnx").write_bytes(graphs[1].SerializeToString())
+    with open_runner(tmp_path / "best.onnx") as runner, open_runner(out) as reference, torch.no_grad():
+        found, wanted = runner.run(pictures(5)), reference.run(pictures(5))
+        assert found.logits_NK == pytest.approx(wanted.logits_NK, abs=1e-4)
+        assert found.probabilities_NK == pytest.approx(wanted.logits_NK.softmax(1), abs=1e-5)
+        assert wanted.logits_NK * warm.spec.temperature == pytest.approx(plain(pictures(5)), rel=1e-5, abs=1e-4)
+        assert warm.with_attention(pictures(5))[0] == pytest.approx(wanted.logits_NK, abs=1e-4)
+
+
+def test_the_default_name_and_other_parts(folder: Path, tmp_path: Path) -> None:
+    """Safetensors come in; best.calibrated.pth goes out, beside; the settings may ask for another part."""
+    write_safetensors(tmp_path / "best.safetensors", load(folder / "best.pth"))
+    assert command(main, tmp_path / "best.safetensors", "--seed", 3, "--batch", 50) == 0
+    assert sorted(content(tmp_path)) == ["best.calibrated.pth", "best.safetensors"]
+    assert load(tmp_path / "best.calibrated.pth").provenance["calibration"]["seed"] == 3
+
+
+def test_what_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    best, there = folder / "best.pth", tmp_path / "there.pth"
+    there.write_text("mine")
+    (tmp_path / "one.csv").write_text(f"emotion,pixels,Usage\n3,{' '.join(['7', *['9'] * 2303])},PublicTest\n")
+    few = saved(tmp_path, "patt_lite", "few.pth", data__embedded_val=14)
+    lost = saved(tmp_path, "patt_lite", "lost.pth", data__path="/nowhere/fer2013.csv")
+    hopeless = load(best)
+    flipped = {n: -v if "classifier" in n else v for n, v in hopeless.weights.items()}
+    save(tmp_path / "hopeless.pth", replace(hopeless, weights=flipped))
+    for words, told in (
+        ([], "required: PATH"),
+        ([best, "--out", best], "exists, and is not replaced"),
+        ([best, "--out", there], "exists, and is not replaced"),
+        ([best, "--out", tmp_path / "x.onnx"], "does not end in .pth"),
+        ([tmp_path / "best.onnx"], "is no checkpoint"),
+        ([tmp_path / "gone.pth"], "cannot read"),
+        ([few], "14 pictures are too few for a temperature, expected at least 25"),
+        ([lost], "/nowhere/fer2013.csv, its data, is not here"),
+        ([best, "--split", "test", "--data", tmp_path / "one.csv"], "the test part is empty"),
+        ([best, "--data", tmp_path / "nothing.csv"], "does not exist"),
+        ([tmp_path / "hopeless.pth"], "no temperature within 0.01..100 is best for 140 pictures"),
+        ([best, "--out", tmp_path / "no" / "folder.pth"], "cannot write"),
+        ([best, "--split", "train"], "--split"),
+    ):
+        with nothing_changes(folder), nothing_changes(tmp_path):
+            assert command(main, *words) == EXIT_USER_ERROR, words
+        err = capsys.readouterr().err
+        assert told in err, words
+        assert "Traceback" not in err
+        assert "\n  -> " in err
+
+
+def test_a_calibration_error_that_grew_is_told() -> None:
+    """As of a model trained with label smoothing, whose likelihood gains while its bins move apart."""
+    values = {"nll_before": 0.92, "nll_after": 0.91, "nll_cross_fitted": 0.91, "count": 3589, "seed": 0}
+    found = Fit(temperature=0.93, ece_before=0.037, ece_cross_fitted=0.047, **values)  # type: ignore[arg-type]
+    assert "note: the calibration error grew" in _lines(found, 1.0, 0.93)[-1]
+    assert "note" not in "".join(_lines(replace(found, ece_cross_fitted=0.02), 1.0, 0.93))
+
+
+def test_help_is_fast() -> None:
+    code = (
+        "import runpy, sys; sys.argv = ['calibrate', '--help']\ntry: runpy.run_module('fer_dist.calibrate', "
+        "run_name='__main__')\nexcept SystemExit: print('heavy:', *{'torch', 'numpy'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "heavy:"
+
+
+def test_codes_are_those_of_the_data() -> None:
+    from fer_dist.data.faces import SPLITS
+
+    assert all(SPLITS[code] == name for name, code in SPLIT_CODES.items())

@@ -1,0 +1,292 @@
+"""From an archive to what ships: which steps run again, what ships where int8 loses, the card and its numbers."""
+
+import json
+import re
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from benchmarks import model_card, reproduce, training_record
+from benchmarks.model_card import CHECKPOINT, FLOAT, gather, render
+from benchmarks.reproduce import HALF, INT8, Work
+from fer_dist.engine.checkpoint import load, save
+from fer_dist.engine.metrics import Metrics
+from fer_dist.errors import EXIT_REJECTED, EXIT_USER_ERROR, UserError
+from fer_dist.serve.artifact import ExportedModel, file_sha256, sidecar, sidecar_json
+from fer_dist.serve.shipped import NAME
+from fer_dist.spec import EXPRESSIONS
+from tests.export.rig import command, saved
+from tests.serve.artifacts import SPEC
+
+
+class Stage:
+    """Stands in for every command: notes it, and leaves what it would leave."""
+
+    def __init__(self, folder: Path, *, lost: float = 0.001, code: int = 0) -> None:
+        self.folder, self.lost, self.code = folder, lost, code
+        self.asked: list[str] = []
+        self.data = folder / "secret" / "archive.zip"
+        self.data.parent.mkdir(parents=True)
+        self.data.write_bytes(b"pictures")
+        self.run = folder / "runs" / "mine"
+        self.run.mkdir(parents=True)
+        checkpoint = load(saved(self.run, "patt_lite"))
+        origin = {"device": "cpu, 2 cores, 1 threads per rank", "torch": "2", "commit": "c"}
+        save(self.run / "best.pth", changed(checkpoint, provenance=origin, record={"epoch": 2}))
+        seconds = [{"epoch": e, "seconds": 1800.0} for e in (1, 2, 3)]
+        (self.run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in seconds))
+        starts = [{"epochs": 0, "world_size": 2}, {"epochs": 2, "world_size": 4}]
+        (self.run / "starts.jsonl").write_text("".join(json.dumps(line) + "\n" for line in starts))
+
+    def __call__(self, words: list[str], check: bool) -> "subprocess.CompletedProcess[str]":
+        module, *rest = words[2:]
+        self.asked.append(" ".join([module, *rest[-1:]]) if module == "export.onnx" else module)
+        out = self.folder / "out"
+        if module == "fer_dist.calibrate":
+            assert not (out / CHECKPOINT).exists(), "the command replaces nothing"
+            best = load(self.run / "best.pth")
+            entry: dict[str, Any] = dict.fromkeys(("nll_before", "nll_after", "nll_cross_fitted"), 0.9)
+            entry |= {"ece_before": 0.0372, "ece_cross_fitted": 0.0211, "temperature": 1.25, "count": 70}
+            entry["split"] = "val"
+            save(out / CHECKPOINT, changed(best, provenance={"calibration": entry}))
+        elif module == "export.onnx":
+            self.export(out, int8=rest[-1] == "int8")
+            return subprocess.CompletedProcess(words, self.code if rest[-1] == "int8" else 0)
+        elif module == "fer_dist.evaluate":
+            folder = Path(rest[rest.index("--out") + 1])
+            folder.mkdir(exist_ok=True)
+            (folder / "report.json").write_text(json.dumps(self.report(rest[:2])))
+        elif module == "benchmarks.robustness":
+            rows = [("nothing", 0.7, 0.71), ("noise", 0.4, 0.5)]
+            plain = [{"corruption": n, "artifacts": {rest[0]: a, rest[1]: b}} for n, a, b in rows]
+            (out / "robustness.json").write_text(json.dumps({"rows": plain}))
+        elif module == "benchmarks.training_record":
+            (out / "training.json").write_text(json.dumps(training_record.record(self.run)))
+        return subprocess.CompletedProcess(words, 0)
+
+    def export(self, out: Path, *, int8: bool) -> None:
+        """ONNX files that nobody opens, with JSON files that say what the gate said."""
+        (out / FLOAT).write_bytes(b"float")
+        path = out / (INT8 if int8 else HALF)
+        if int8 and self.code:
+            return
+        path.write_bytes(b"small")
+        parity: dict[str, Any] = dict.fromkeys(model_card._PARITY, 0.7) | {"passed": True, "count": 70, "of": 70}
+        parity |= {"accuracy_delta": -self.lost if int8 else 0.0, "data": f"validation part of {self.data}"}
+        about = ExportedModel(
+            kind="onnx",
+            precision="int8.cpu" if int8 else "fp16",
+            spec=SPEC,
+            sha256=file_sha256(path),
+            bytes=5,
+            checkpoint_sha256=file_sha256(out / CHECKPOINT),
+            parent=FLOAT,
+            parent_sha256=file_sha256(out / FLOAT),
+            data={"seed": 0, "data": {"path": "/home/of/somebody/archive.zip"}},
+            parity=parity,
+        )
+        sidecar(path).write_bytes(sidecar_json(about))
+
+    def report(self, paths: list[str]) -> dict[str, Any]:
+        """Of 70 pictures, 10 a class: 7 right, 3 taken for the next class."""
+        confusion = 7 * np.eye(7, dtype=np.int64) + 3 * np.roll(np.eye(7, dtype=np.int64), 1, axis=1)
+        one = Metrics(confusion_KK=confusion, loss_sum=63.0, count=70).report(EXPRESSIONS)
+        one |= {"accuracy_clean": None, "accuracy_clean_interval_95": None, "count_clean": None, "ece": 0.03}
+        one |= {"checkpoint_sha256": file_sha256(self.folder / "out" / CHECKPOINT)}
+        artifacts = [{**one, "artifact": path} for path in paths]
+        return {"artifacts": artifacts, "split": "val", "data": str(self.data), "key": "k" * 32}
+
+    def go(self, *words: object) -> int:
+        return command(reproduce.main, "--data", self.data, "--run", self.run, "--out", self.folder / "out", *words)
+
+
+def changed(checkpoint: Any, **values: Any) -> Any:
+    """`dataclasses.replace`."""
+    from dataclasses import replace
+
+    return replace(checkpoint, **values)
+
+
+def stage(folder: Path, monkeypatch: pytest.MonkeyPatch, **values: Any) -> Stage:
+    made = Stage(folder, **values)
+    monkeypatch.setattr(subprocess, "run", made)
+    return made
+
+
+ALL = ["fer_dist.calibrate", "export.onnx int8", "fer_dist.evaluate", "fer_dist.evaluate"]
+ALL += ["benchmarks.robustness", "benchmarks.training_record"]
+
+
+def test_from_a_run_to_what_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Once; again nothing runs; of another archive, or where a file is gone, only what depends on it."""
+    made = stage(tmp_path, monkeypatch)
+    assert made.go("--into", tmp_path / "assets") == 0
+    assert made.asked == ALL
+    held = {path.name for path in (tmp_path / "assets").iterdir()}
+    assert held == {NAME, f"{NAME}.json", "measured.json", "MODEL_CARD.md"}
+    for path in (tmp_path / "assets").glob("*.[jM]*"):
+        assert "secret" not in path.read_text()
+        assert "somebody" not in path.read_text()
+    about = json.loads((tmp_path / "assets" / f"{NAME}.json").read_text())
+    assert (about["precision"], about["data"]["data"]["path"]) == ("int8.cpu", "archive.zip")
+    assert about["parity"]["data"] == "validation part of archive.zip"
+    made.asked.clear()
+    assert made.go() == 0
+    assert made.asked == []
+    (tmp_path / "out" / "robustness.json").unlink()
+    assert made.go() == 0
+    assert made.asked == ["benchmarks.robustness"]
+    made.asked.clear()
+    made.data.write_bytes(b"other pictures")
+    assert made.go() == 0
+    assert made.asked == ALL[:-1]
+
+
+@pytest.mark.parametrize("values", [{"lost": 0.0051}, {"code": EXIT_REJECTED}])
+def test_float16_ships_where_int8_loses(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made = stage(tmp_path, monkeypatch, **values)
+    assert made.go() == 0
+    assert made.asked[:3] == ["fer_dist.calibrate", "export.onnx int8", "export.onnx fp16"]
+    assert json.loads((tmp_path / "out" / "ship" / f"{NAME}.json").read_text())["precision"] == "fp16"
+    assert "float16 ships" in capsys.readouterr().out
+
+
+def test_half_a_point_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = stage(tmp_path, monkeypatch, lost=0.005)
+    assert made.go() == 0
+    assert "export.onnx fp16" not in made.asked
+
+
+def test_a_step_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """It is told, is not taken for done, and the same line goes on from there."""
+    made = stage(tmp_path, monkeypatch, code=EXIT_USER_ERROR)
+    assert made.go() == EXIT_USER_ERROR
+    err = capsys.readouterr().err
+    assert "export-int8 left with exit code 2" in err
+    assert "\n  -> " in err
+    made.code = 0
+    made.asked.clear()
+    assert made.go() == 0
+    assert made.asked == ALL[1:]
+
+
+def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    made = stage(tmp_path, monkeypatch)
+    for words, told in (
+        (["--data", tmp_path / "gone.zip"], "gone.zip does not exist"),
+        (["--failures", tmp_path / "gone.md"], "gone.md is no file"),
+        (["--run", tmp_path / "nothing"], "best.pth is not there"),
+    ):
+        assert made.go(*words) == EXIT_USER_ERROR
+        assert told in capsys.readouterr().err
+    assert made.asked == []
+
+
+def test_too_large_or_not_judged_on_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = stage(tmp_path, monkeypatch)
+    assert made.go() == 0
+    work = Work(data=made.data, folder=tmp_path / "out", run=made.run)
+    path = tmp_path / "out" / INT8
+    plain = json.loads(sidecar(path).read_text())
+    for wrong in ({"bytes": 6_000_001}, {"parity": {**plain["parity"], "count": 69}}):
+        sidecar(path).write_text(json.dumps(plain | wrong))
+        with pytest.raises(UserError, match="at most 6,000,000"):
+            reproduce.ship(work, path)
+
+
+# -- the card
+
+
+def test_the_card_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = stage(tmp_path, monkeypatch)
+    (tmp_path / "failures.md").write_text("Hands before the mouth.\n")
+    assert made.go("--failures", tmp_path / "failures.md") == 0
+    ship = tmp_path / "out" / "ship"
+    facts, card = json.loads((ship / "measured.json").read_text()), (ship / "MODEL_CARD.md").read_text()
+    assert facts == json.loads(json.dumps(gather(tmp_path / "out", "Hands before the mouth.")))
+    assert card == render(facts)
+    for told in (
+        "**70.00%** (58.5 to 79.5)",
+        "| angry | 70.00% | 70.00% | 70.00% | 10 |",
+        "angry taken for disgust (3 of 10)",
+        "temperature of 1.2500",
+        "3.72% before, 2.11% after",
+        "| noise | 40.00% | 50.00% |",
+        'The worst of these is "noise"',
+        "Hands before the mouth.",
+        "4.0 CPU-hours",  # two epochs of half an hour on two ranks, one on four
+        "PrivateTest was not used for anything",
+        "2024/1689",
+        "Article 5(1)(f)",
+        "not known",
+        "int8.cpu, as shipped",
+    ):
+        assert told in card, told
+    assert not re.findall(r"\{\{|\{%|None|nan", card)
+    assert all(len(line) <= 330 for line in card.splitlines())
+    bare = render(facts | {"failures": "", "robustness": []})
+    assert "Nobody has yet looked" in bare
+    assert "has not been measured" in bare
+
+
+def test_reports_of_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = stage(tmp_path, monkeypatch)
+    assert made.go() == 0
+    path = tmp_path / "out" / "evaluation-flip" / "report.json"
+    report = json.loads(path.read_text())
+    path.write_text(json.dumps(report | {"split": "test"}))
+    with pytest.raises(UserError, match="not of the validation part"):
+        gather(tmp_path / "out", "")
+    report["artifacts"][1]["checkpoint_sha256"] = "0" * 64
+    path.write_text(json.dumps(report))
+    with pytest.raises(UserError, match="of another model"):
+        gather(tmp_path / "out", "")
+    path.unlink()
+    with pytest.raises(UserError, match="cannot read"):
+        gather(tmp_path / "out", "")
+
+
+def test_robustness_of_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = stage(tmp_path, monkeypatch)
+    assert made.go() == 0
+    path = tmp_path / "out" / "robustness.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"limit": 300}))
+    with pytest.raises(UserError, match="of 300 pictures, not of all"):
+        gather(tmp_path / "out", "")
+
+
+# -- the training
+
+
+def test_multiply_adds_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A 3x3 convolution to 4 channels on 48x48, and attention of 5 tokens with 8 numbers each."""
+
+    class Small(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.convolution = nn.Conv2d(1, 4, 3, padding=1, bias=False)
+            self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+
+        def forward(self, images_N1SS: torch.Tensor) -> torch.Tensor:
+            tokens = self.convolution(images_N1SS.float()).flatten()[:40].view(1, 5, 8)
+            found: torch.Tensor = self.attention(tokens, tokens, tokens, need_weights=False)[0]
+            return found
+
+    checkpoint = load(saved(tmp_path, "patt_lite"))
+    monkeypatch.setattr(type(checkpoint), "model", lambda self: Small().eval())
+    convolution = 48 * 48 * 9 * 4
+    attention = 5 * 8 * 24 + 2 * (5 * 5 * 4) * 2 + 5 * 8 * 8
+    assert training_record.multiply_adds(checkpoint) == convolution + attention
+
+
+def test_no_run_folder(tmp_path: Path) -> None:
+    saved(tmp_path, "patt_lite")
+    with pytest.raises(UserError, match="is no run folder"):
+        training_record.record(tmp_path)
