@@ -18,7 +18,8 @@ from fer_dist.data.faces import SPLITS
 from fer_dist.engine.metrics import wilson
 from fer_dist.engine.plots import curves_figure, png, reliability_figure
 from fer_dist.errors import printable
-from fer_dist.serve.evaluation import Exam, Judged, Shown, Task, compare
+from fer_dist.serve.evaluation import Judged, Shown, compare
+from fer_dist.serve.exam import Exam, Task
 
 MOST_IN_MATRIX = 40
 """Classes for which the confusion matrix is shown."""
