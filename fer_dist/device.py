@@ -25,7 +25,7 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     gpus = torch.cuda.device_count() if wanted != "cpu" else 0
     if wanted == "cuda" and not gpus:
         raise UserError(
-            "the device is to be cuda, but none is visible",
+            "cuda was asked for, but no CUDA device is visible",
             "--device cpu (training: --train.device cpu), or look at nvidia-smi",
         )
     if not gpus:
