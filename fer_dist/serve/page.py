@@ -41,6 +41,8 @@ KEPT_S = 600
 """Uploads are deleted after so long [s]."""
 
 _SESSIONS = 256
+_COLUMN = 300  # picture and result stand one below the other where there is less room for each [pixels]
+_FONT = gr.themes.LocalFont("Source Sans Pro", weights=(400, 700))  # the 600 that it comes with has no letters
 _LARGE_ENOUGH = {"video": {"width": {"ideal": 640}, "height": {"ideal": 480}}}
 
 _Scope = MutableMapping[str, Any]
@@ -69,7 +71,7 @@ def build(viewer: Viewer, known: Measured | None) -> gr.Blocks:
     def frame(given: _Given, stream: Stream | None) -> tuple[str, Stream]:
         stream = stream or Stream(labels=labels)
         if given is None:
-            return pagehtml.NOTHING_YET, stream
+            return pagehtml.NO_CAMERA_YET, stream
         try:
             photo = _photo(given)
             faces = stream.add(viewer.predictor.photo(photo), time.monotonic())
@@ -92,21 +94,24 @@ def build(viewer: Viewer, known: Measured | None) -> gr.Blocks:
         gr.Markdown("# Which expression does a face show?")
         with gr.Tabs():
             with gr.Tab("Picture", id="picture"), gr.Row():
-                picture = _bounded(gr.Image(sources=["upload", "clipboard"], label="Picture", elem_id="picture"))
-                seen = gr.HTML(pagehtml.NOTHING_YET, elem_id="seen", min_height=200)
+                with gr.Column(min_width=_COLUMN):
+                    picture = _bounded(gr.Image(sources=["upload", "clipboard"], label="Picture", elem_id="picture"))
+                with gr.Column(min_width=_COLUMN):
+                    seen = gr.HTML(pagehtml.NOTHING_YET, elem_id="seen")
             with gr.Tab("Camera", id="camera"), gr.Row():
-                options = gr.WebcamOptions(mirror=False, constraints=_LARGE_ENOUGH)
-                camera = _bounded(
-                    gr.Image(
-                        sources=["webcam"],
-                        streaming=True,
-                        format="jpeg",
-                        label="Camera",
-                        elem_id="camera",
-                        webcam_options=options,
+                with gr.Column(min_width=_COLUMN):
+                    camera = _bounded(
+                        gr.Image(
+                            sources=["webcam"],
+                            streaming=True,
+                            format="jpeg",
+                            label="Camera",
+                            elem_id="camera",
+                            webcam_options=gr.WebcamOptions(mirror=False, constraints=_LARGE_ENOUGH),
+                        )
                     )
-                )
-                live = gr.HTML(pagehtml.NOTHING_YET, elem_id="live", min_height=200)
+                with gr.Column(min_width=_COLUMN):
+                    live = gr.HTML(pagehtml.NO_CAMERA_YET, elem_id="live")
         gr.HTML(pagehtml.about(viewer.predictor.runner, known), elem_id="about")
         stream = gr.State(None, time_to_live=CAMERA_S)
         answer, ask = gr.JSON(visible=False), gr.Button(visible=False)
@@ -155,6 +160,7 @@ def serve(page: gr.Blocks, *, port: int | None = None) -> str:
             footer_links=["api"],
             state_session_capacity=_SESSIONS,
             css=pagehtml.STYLE,
+            theme=gr.themes.Default(font=(_FONT, "system-ui", "sans-serif")),
             app_kwargs={
                 "middleware": [
                     Middleware(TrustedHostMiddleware, allowed_hosts=[LOOPBACK, "localhost"]),
