@@ -48,6 +48,7 @@ _LARGE_ENOUGH = {"video": {"width": {"ideal": 640}, "height": {"ideal": 480}}}
 _Scope = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 _Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+_App = Callable[[_Scope, _Receive, _Send], Awaitable[None]]
 _Given = Photo | UserError | None
 
 
@@ -164,6 +165,7 @@ def serve(page: gr.Blocks, *, port: int | None = None) -> str:
             app_kwargs={
                 "middleware": [
                     Middleware(TrustedHostMiddleware, allowed_hosts=[LOOPBACK, "localhost"]),
+                    Middleware(OwnOrigin),
                     Middleware(BoundedMessages),
                 ]
             },
@@ -173,10 +175,30 @@ def serve(page: gr.Blocks, *, port: int | None = None) -> str:
     return address
 
 
+class OwnOrigin:
+    """ASGI: what a browser sends for a page from elsewhere is refused; Gradio would take its uploads.
+
+    Programs that are no browser name no origin, and pages that only lead here read no answer.
+    """
+
+    def __init__(self, app: _App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
+        """See ASGI."""
+        if scope["type"] == "http":
+            said = dict(scope["headers"])
+            origin = said.get(b"origin")
+            if origin is not None and origin != b"http://" + said.get(b"host", b""):
+                await _refuse(send, 403, b"asked by a page from elsewhere")
+                return
+        await self._app(scope, receive, send)
+
+
 class BoundedMessages:
     """ASGI: whoever sends more than a message may have is cut off before it is in memory."""
 
-    def __init__(self, app: Callable[[_Scope, _Receive, _Send], Awaitable[None]]) -> None:
+    def __init__(self, app: _App) -> None:
         self._app = app
 
     async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
@@ -187,8 +209,7 @@ class BoundedMessages:
         most = MOST_UPLOAD + 2**20 if scope["path"].rstrip("/").endswith("/upload") else MOST_MESSAGE
         said = dict(scope["headers"]).get(b"content-length", b"0")
         if not said.isdigit() or int(said[:20]) > most:
-            await send({"type": "http.response.start", "status": 413, "headers": [(b"content-type", b"text/plain")]})
-            await send({"type": "http.response.body", "body": b"more bytes than a message may have"})
+            await _refuse(send, 413, b"more bytes than a message may have")
             return
         count = 0
 
@@ -199,6 +220,11 @@ class BoundedMessages:
             return {"type": "http.disconnect"} if count > most else message
 
         await self._app(scope, bounded, send)
+
+
+async def _refuse(send: _Send, status: int, told: bytes) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
+    await send({"type": "http.response.body", "body": told})
 
 
 def _bounded(image: gr.Image) -> gr.Image:
