@@ -25,7 +25,8 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     gpus = torch.cuda.device_count() if wanted != "cpu" else 0
     if wanted == "cuda" and not gpus:
         raise UserError(
-            "train.device is cuda, but no CUDA device is visible", "--train.device cpu, or look at nvidia-smi"
+            "cuda was asked for, but no CUDA device is visible",
+            "--device cpu (training: --train.device cpu), or look at nvidia-smi",
         )
     if not gpus:
         keep_freed_memory()
@@ -34,7 +35,7 @@ def choose_device(wanted: str, local_rank: int) -> torch.device:
     if ranks > gpus:
         raise UserError(
             f"{ranks} ranks on a node with {gpus} visible GPU{'s' * (gpus > 1)}; a GPU takes one rank",
-            f"torchrun --nproc_per_node={gpus} ..., or --train.device cpu",
+            f"torchrun --nproc_per_node={gpus} ..., or --device cpu (training: --train.device cpu)",
         )
     # Some launchers show each process its own GPU only; then that GPU is number 0.
     device = torch.device("cuda", local_rank if local_rank < gpus else 0)

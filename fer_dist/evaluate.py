@@ -11,7 +11,8 @@ from fer_dist.console import counting, positive, say
 from fer_dist.errors import UserError, printable
 
 if TYPE_CHECKING:  # heavy at run time: --help must answer at once
-    from fer_dist.serve.evaluation import Exam, Judged, Task
+    from fer_dist.serve.evaluation import Judged
+    from fer_dist.serve.exam import Exam, Task
 
 PROG = "python -m fer_dist.evaluate"
 ABOUT = """\
@@ -34,7 +35,8 @@ def _main(argv: Sequence[str]) -> None:
     if given.batch > 65_536 or given.mistakes > 1000:
         parser.error(f"--batch is {given.batch}, --mistakes {given.mistakes}; expected at most 65536 and 1000")
 
-    from fer_dist.serve.evaluation import Task, evaluate
+    from fer_dist.serve.evaluation import evaluate
+    from fer_dist.serve.exam import Task
     from fer_dist.serve.shipped import require_shipped
     from fer_dist.world import join
 

@@ -109,9 +109,12 @@ def _predict(given: argparse.Namespace, predictor: "Predictor") -> None:
             raise UserError(
                 f"none of {asked:,} could be read", "name pictures (JPEG, PNG, BMP, WebP, GIF), or folders of them"
             )
-    print(f"{read:,} pictures, {faces:,} faces; {without:,} without a face; {asked - read:,} not read")
+    print(
+        f"{read:,} picture{'s' * (read != 1)}, {faces:,} face{'s' * (faces != 1)}; "
+        f"{without:,} without a face; {asked - read:,} not read"
+    )
     if found.others:
-        print(f"{found.others:,} other files in the folders are no pictures, by their names")
+        print(f"in the folders, no pictures by their names: {found.others:,}")
     for name in filter(None, (given.json, given.csv, given.out)):
         print(f"wrote {printable(str(name))}")
 

@@ -404,6 +404,14 @@ def test_answers_that_are_no_numbers(folder: Path, tmp_path: Path, capsys: pytes
     assert content(tmp_path / "out") == {}
 
 
+def test_a_gpu_that_is_not_there(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The advice names an option of this command."""
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    told = refused(capsys, folder / "best.pth", "--device", "cuda")
+    assert "no CUDA device is visible\n  -> --device cpu " in told
+
+
 def test_an_engine_without_a_gpu(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is a GPU")

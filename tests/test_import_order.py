@@ -91,6 +91,7 @@ ORDER = (
     "fer_dist.serve.runner",
     "fer_dist.serve.dataset",
     "fer_dist.serve.explain",
+    "fer_dist.serve.exam",
     "fer_dist.serve.evaluation",
     "fer_dist.serve.htmlreport",
     "fer_dist.serve.photos",

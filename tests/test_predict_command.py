@@ -63,7 +63,7 @@ def test_a_folder(
     assert f"{folder}/deep/one.jpg: 1 face\n" in printed.out
     assert f"{folder}/none.png: no face found\n" in printed.out
     assert "3 pictures, 3 faces; 1 without a face; 3 not read\n" in printed.out
-    assert "1 other files in the folders are no pictures, by their names" in printed.out
+    assert "in the folders, no pictures by their names: 1" in printed.out
     lines = re.findall(r"^  (\w+) +(\d+)%  \(((?:\w+ \d+ ?){6})\)  at (\d+),(\d+), (\d+)x(\d+)$", printed.out, re.M)
     assert len(lines) == 3
     assert {lines[0][0], *re.findall("[a-z]+", lines[0][2])} == set(EXPRESSIONS)
@@ -137,7 +137,7 @@ def test_the_settings_arrive(
     Image.fromarray(scene([60] * 9, 3, width=1280, height=960).rgb_HW3).save(folder / "small.png")
     for detail, least in ((160, 0), (DETAIL, 5)):
         assert command(monkeypatch, folder / "small.png", "--model", model, "--detail", detail) == 0
-        count = re.search(r"1 pictures, (\d) faces", capsys.readouterr().out)
+        count = re.search(r"1 picture, (\d) face", capsys.readouterr().out)
         assert count
         assert int(count[1]) >= least
         assert detail == DETAIL or int(count[1]) == 0

@@ -11,17 +11,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from fer_dist.data.copies import exact_groups
-from fer_dist.data.faces import SPLITS, Faces
-from fer_dist.data.split import require_part
+from fer_dist.data.faces import SPLITS
 from fer_dist.engine.calibration import Calibration, calibration
 from fer_dist.engine.metrics import Metrics, wilson
-from fer_dist.engine.score import Views, answers
+from fer_dist.engine.score import answers
 from fer_dist.engine.significance import McNemar, holm, mcnemar
 from fer_dist.errors import UserError, printable
-from fer_dist.serve.dataset import Say, open_data, open_training, settings_of
-from fer_dist.serve.explain import METHODS, attention_maps, heat_maps
-from fer_dist.serve.runner import Runner, TorchRunner, open_runner
+from fer_dist.serve.dataset import Say
+from fer_dist.serve.exam import Exam, Task, open_exam
+from fer_dist.serve.explain import look
+from fer_dist.serve.runner import Runner, open_runner
 from fer_dist.spec import ModelSpec
 from fer_dist.world import World
 
@@ -30,49 +29,6 @@ MOST_SURE = 12
 
 Counting = Callable[[str, int], AbstractContextManager[Callable[[int], object]]]
 """What shows progress: called with a title and a total, gives what is told the number done since."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Task:
-    """What is to be judged, and how.
-
-    Attributes:
-        split: code of the part, VAL or TEST.
-        data, train_data: other data than that of the first artifact; more pictures that trained or chose.
-        views: test-time augmentation.
-        device, provider, threads: see `open_runner`.
-        shown: how many mistakes are to be kept with picture.
-    """
-
-    paths: tuple[Path, ...]
-    split: int
-    data: str | None = None
-    train_data: str | None = None
-    views: Views = "none"
-    batch: int = 64
-    device: str = "auto"
-    provider: str = "auto"
-    threads: int | None = None
-    shown: int = 24
-
-
-@dataclass(frozen=True, kw_only=True)
-class Exam:
-    """The pictures that all artifacts answer.
-
-    Attributes:
-        rows_M, labels_M: int64, their indices in faces, and their classes.
-        clean_M: bool, whether a picture has no exact copy in a part that trained or chose; None: no such part is known.
-        notes: what should be known about the numbers, one sentence each.
-    """
-
-    faces: Faces
-    rows_M: NDArray[np.int64]
-    labels_M: NDArray[np.int64]
-    clean_M: NDArray[np.bool_] | None
-    source: str
-    split: int
-    notes: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -180,7 +136,7 @@ def evaluate(task: Task, world: World, say: Say, counting: Counting) -> tuple[Ex
             )
         ) as runner:
             if exam is None:
-                exam = world.node_first(lambda runner=runner: _exam(task, runner.spec, speak))  # type: ignore[misc]
+                exam = world.node_first(lambda runner=runner: open_exam(task, runner.spec, speak))  # type: ignore[misc]
             _require_same_pictures(judged, runner)
             judged.append(_judge(task, exam, runner, world, counting))
     assert exam is not None, "no artifact"
@@ -216,43 +172,6 @@ def to_dict(task: Task, exam: Exam, judged: Sequence[Judged]) -> dict[str, Any]:
             for c in compare(judged)
         ],
     }
-
-
-def _exam(task: Task, spec: ModelSpec, say: Say) -> Exam:
-    """The pictures, those that have a copy in parts that trained or chose, and what is to be known about them."""
-    each = [settings_of(path) for path in task.paths]
-    settings = each[0] or next((other for other in each if other), {})
-    data = open_data(settings, spec, task.data, say, substitute=False)
-    require_part(data.faces, task.split)
-    notes = list(data.faces.notes)
-    if not data.meaningful:
-        notes.append("the pictures are not what the model was made for: its scores say nothing")
-    if data.hold_out is not None and task.split == SPLITS.index("val"):
-        for path, other in zip(task.paths, each, strict=True):
-            seed, fraction = other.get("seed"), other.get("data", {}).get("val_fraction")
-            if (seed, fraction) != data.hold_out:
-                notes.append(f"{path.name} was not trained with this held-out validation part: it may know some of it")
-    rows_M, used = data.faces.part(task.split), np.flatnonzero(data.faces.usage_N < task.split)
-    known = [data.faces.images_NHW[used]]
-    if task.train_data is not None:
-        more = open_training(settings, spec, task.train_data)
-        known.append(more.images_NHW[more.usage_N < task.split])
-    earlier = np.concatenate(known)
-    clean_M = None
-    if len(earlier):
-        group = exact_groups(np.concatenate([data.faces.images_NHW[rows_M], earlier]))
-        clean_M = ~np.isin(group[: len(rows_M)], group[len(rows_M) :])
-    else:
-        notes.append("no part that trained or chose is known, so that copies are: --train-data PATH names it")
-    return Exam(
-        faces=data.faces,
-        rows_M=rows_M,
-        labels_M=data.faces.labels_N[rows_M],
-        clean_M=clean_M,
-        source=data.source,
-        split=task.split,
-        notes=tuple(map(printable, notes)),
-    )
 
 
 def _require_same_pictures(judged: Sequence[Judged], runner: Runner) -> None:
@@ -340,14 +259,3 @@ def _shown(
         )
         for place, index in enumerate(which)
     ], method
-
-
-def look(runner: Runner, images_N1SS: torch.Tensor, classes_N: torch.Tensor) -> tuple[Any, str]:
-    """Heat maps float32 `[N, S, S]` and how they were made; None and "" where nothing says where the model looked."""
-    if isinstance(runner, TorchRunner):
-        found = heat_maps(runner.model, images_N1SS, classes_N)
-        return (None, "") if found is None else (found.numpy(), METHODS[runner.spec.arch])
-    attention_NHW = runner.run(images_N1SS).attention_NHW
-    if attention_NHW is None:
-        return None, ""
-    return attention_maps(attention_NHW, images_N1SS.shape[-1]).numpy(), "attention over its patches"

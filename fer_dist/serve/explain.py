@@ -1,6 +1,8 @@
 """Where a network looked: attention rollout for the transformers, Grad-CAM for patt_lite."""
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -8,11 +10,23 @@ from fer_dist.models.base import FaceModel
 from fer_dist.models.patt_lite import PattLite
 from fer_dist.models.vit import ViT
 from fer_dist.models.vit_mae import MaskFreeViTMAE
+from fer_dist.serve.runner import Runner, TorchRunner
 
 METHODS = {"vit": "attention rollout", "vit_mae": "attention rollout", "patt_lite": "Grad-CAM"}
 """Architecture -> how its maps are made."""
 AT_ONCE = 8
 """Pictures at a time: every layer's attention of all of them is in memory."""
+
+
+def look(runner: Runner, images_N1SS: Tensor, classes_N: Tensor) -> tuple[NDArray[np.float32] | None, str]:
+    """Heat maps float32 `[N, S, S]` and how they were made; None and "" where nothing says where the model looked."""
+    if isinstance(runner, TorchRunner):
+        found = heat_maps(runner.model, images_N1SS, classes_N)
+        return (None, "") if found is None else (found.numpy(), METHODS[runner.spec.arch])
+    attention_NHW = runner.run(images_N1SS).attention_NHW
+    if attention_NHW is None:
+        return None, ""
+    return attention_maps(attention_NHW, images_N1SS.shape[-1]).numpy(), "attention over its patches"
 
 
 def heat_maps(model: FaceModel, images_N1SS: Tensor, classes_N: Tensor) -> Tensor | None:

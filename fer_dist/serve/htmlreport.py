@@ -18,7 +18,8 @@ from fer_dist.data.faces import SPLITS
 from fer_dist.engine.metrics import wilson
 from fer_dist.engine.plots import curves_figure, png, reliability_figure
 from fer_dist.errors import printable
-from fer_dist.serve.evaluation import Exam, Judged, Shown, Task, compare
+from fer_dist.serve.evaluation import Judged, Shown, compare
+from fer_dist.serve.exam import Exam, Task
 
 MOST_IN_MATRIX = 40
 """Classes for which the confusion matrix is shown."""
@@ -98,7 +99,7 @@ def history(path: Path) -> tuple[list[dict[str, Any]], str]:
         records = [_record(json.loads(line)) for line in raw.splitlines() if line.strip()]
     except (OSError, KeyError, TypeError, ValueError, RecursionError) as error:
         return [], printable(f"{beside} is no history of a run ({type(error).__name__}: {str(error)[:200]})")
-    return records, printable(f"The run in {path.parent}") if records else ""
+    return records, printable(f"The run in {path.parent}, by its own evaluation") if records else ""
 
 
 def _record(plain: dict[str, Any]) -> dict[str, Any]:
@@ -174,7 +175,7 @@ def _matrix(confusion_KK: NDArray[np.int64], names: Sequence[str]) -> list[dict[
                     "share": f"{100 * share:.0f}%",
                     "count": int(count),
                     "shade": f"{share:.3f}",
-                    "ink": "white" if share > 0.6 else "inherit",
+                    "ink": "white" if share > 0.9 else "inherit",  # dark letters have more contrast up to there
                 }
                 for share, count in zip(shares, counts, strict=True)
             ],

@@ -54,7 +54,8 @@ def pictures(named: Sequence[Path], *, without: Path | None = None) -> Listing:
         found = [Source(path / name, name) for name in names if is_picture(name.as_posix())]
         others += len(names) - len(found)
         if not found:
-            problems.append((path, "holds no picture"))
+            own = below == PurePath()  # whoever asks for copies beside the pictures is told why none is read
+            problems.append((path, "is the folder of the results, too" if own else "holds no picture"))
         sources += found
     return Listing(sources, problems, others)
 

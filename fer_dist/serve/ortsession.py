@@ -17,6 +17,7 @@ from fer_dist.serve.replay import Replay, warm
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider", "tensorrt": "TensorrtExecutionProvider"}
 """What to type -> what ONNX Runtime calls it; besides `auto`."""
+_ON_CPU = "--provider cpu (predict and app: --device cpu)"
 
 
 def open_session(
@@ -38,7 +39,7 @@ def open_session(
     """
     gpu = torch.cuda.is_available()
     if provider in ("cuda", "tensorrt") and not gpu:
-        raise UserError(f"provider {provider} needs a GPU, and none is visible", "--provider cpu")
+        raise UserError(f"provider {provider} needs a GPU, and none is visible", _ON_CPU)
     best = "cuda" if gpu and precision != "int8.cpu" else "cpu"
     wanted = best if provider == "auto" else provider
     try:
@@ -47,7 +48,7 @@ def open_session(
         if found != PROVIDERS[wanted] and provider != "auto":
             raise UserError(
                 f"provider {wanted} was asked for, but ONNX Runtime runs {found}: {PROVIDERS[wanted]} does not start",
-                "see that onnxruntime-gpu fits the CUDA and cuDNN (or TensorRT) that are installed; or --provider cpu",
+                f"see that onnxruntime-gpu fits the CUDA and cuDNN (or TensorRT) that are installed; or {_ON_CPU}",
             )
     except UserError:
         raise
@@ -56,7 +57,7 @@ def open_session(
             return open_session(raw, precision, path, "cpu", threads)
         raise UserError(
             f"ONNX Runtime's {PROVIDERS[wanted]} does not take {path}: {reason(error)}",
-            "export it again: python -m export.onnx best.pth" if wanted == "cpu" else "--provider cpu",
+            "export it again: python -m export.onnx best.pth" if wanted == "cpu" else _ON_CPU,
         ) from None
     return session
 

@@ -41,11 +41,14 @@ KEPT_S = 600
 """Uploads are deleted after so long [s]."""
 
 _SESSIONS = 256
+_COLUMN = 300  # picture and result stand one below the other where there is less room for each [pixels]
+_FONT = gr.themes.LocalFont("Source Sans Pro", weights=(400, 700))  # the 600 that it comes with has no letters
 _LARGE_ENOUGH = {"video": {"width": {"ideal": 640}, "height": {"ideal": 480}}}
 
 _Scope = MutableMapping[str, Any]
 _Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 _Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
+_App = Callable[[_Scope, _Receive, _Send], Awaitable[None]]
 _Given = Photo | UserError | None
 
 
@@ -69,7 +72,7 @@ def build(viewer: Viewer, known: Measured | None) -> gr.Blocks:
     def frame(given: _Given, stream: Stream | None) -> tuple[str, Stream]:
         stream = stream or Stream(labels=labels)
         if given is None:
-            return pagehtml.NOTHING_YET, stream
+            return pagehtml.NO_CAMERA_YET, stream
         try:
             photo = _photo(given)
             faces = stream.add(viewer.predictor.photo(photo), time.monotonic())
@@ -92,21 +95,24 @@ def build(viewer: Viewer, known: Measured | None) -> gr.Blocks:
         gr.Markdown("# Which expression does a face show?")
         with gr.Tabs():
             with gr.Tab("Picture", id="picture"), gr.Row():
-                picture = _bounded(gr.Image(sources=["upload", "clipboard"], label="Picture", elem_id="picture"))
-                seen = gr.HTML(pagehtml.NOTHING_YET, elem_id="seen", min_height=200)
+                with gr.Column(min_width=_COLUMN):
+                    picture = _bounded(gr.Image(sources=["upload", "clipboard"], label="Picture", elem_id="picture"))
+                with gr.Column(min_width=_COLUMN):
+                    seen = gr.HTML(pagehtml.NOTHING_YET, elem_id="seen")
             with gr.Tab("Camera", id="camera"), gr.Row():
-                options = gr.WebcamOptions(mirror=False, constraints=_LARGE_ENOUGH)
-                camera = _bounded(
-                    gr.Image(
-                        sources=["webcam"],
-                        streaming=True,
-                        format="jpeg",
-                        label="Camera",
-                        elem_id="camera",
-                        webcam_options=options,
+                with gr.Column(min_width=_COLUMN):
+                    camera = _bounded(
+                        gr.Image(
+                            sources=["webcam"],
+                            streaming=True,
+                            format="jpeg",
+                            label="Camera",
+                            elem_id="camera",
+                            webcam_options=gr.WebcamOptions(mirror=False, constraints=_LARGE_ENOUGH),
+                        )
                     )
-                )
-                live = gr.HTML(pagehtml.NOTHING_YET, elem_id="live", min_height=200)
+                with gr.Column(min_width=_COLUMN):
+                    live = gr.HTML(pagehtml.NO_CAMERA_YET, elem_id="live")
         gr.HTML(pagehtml.about(viewer.predictor.runner, known), elem_id="about")
         stream = gr.State(None, time_to_live=CAMERA_S)
         answer, ask = gr.JSON(visible=False), gr.Button(visible=False)
@@ -155,9 +161,11 @@ def serve(page: gr.Blocks, *, port: int | None = None) -> str:
             footer_links=["api"],
             state_session_capacity=_SESSIONS,
             css=pagehtml.STYLE,
+            theme=gr.themes.Default(font=(_FONT, "system-ui", "sans-serif")),
             app_kwargs={
                 "middleware": [
                     Middleware(TrustedHostMiddleware, allowed_hosts=[LOOPBACK, "localhost"]),
+                    Middleware(OwnOrigin),
                     Middleware(BoundedMessages),
                 ]
             },
@@ -167,10 +175,30 @@ def serve(page: gr.Blocks, *, port: int | None = None) -> str:
     return address
 
 
+class OwnOrigin:
+    """ASGI: what a browser sends for a page from elsewhere is refused; Gradio would take its uploads.
+
+    Programs that are no browser name no origin, and pages that only lead here read no answer.
+    """
+
+    def __init__(self, app: _App) -> None:
+        self._app = app
+
+    async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
+        """See ASGI."""
+        if scope["type"] == "http":
+            said = dict(scope["headers"])
+            origin = said.get(b"origin")
+            if origin is not None and origin != b"http://" + said.get(b"host", b""):
+                await _refuse(send, 403, b"asked by a page from elsewhere")
+                return
+        await self._app(scope, receive, send)
+
+
 class BoundedMessages:
     """ASGI: whoever sends more than a message may have is cut off before it is in memory."""
 
-    def __init__(self, app: Callable[[_Scope, _Receive, _Send], Awaitable[None]]) -> None:
+    def __init__(self, app: _App) -> None:
         self._app = app
 
     async def __call__(self, scope: _Scope, receive: _Receive, send: _Send) -> None:
@@ -181,8 +209,7 @@ class BoundedMessages:
         most = MOST_UPLOAD + 2**20 if scope["path"].rstrip("/").endswith("/upload") else MOST_MESSAGE
         said = dict(scope["headers"]).get(b"content-length", b"0")
         if not said.isdigit() or int(said[:20]) > most:
-            await send({"type": "http.response.start", "status": 413, "headers": [(b"content-type", b"text/plain")]})
-            await send({"type": "http.response.body", "body": b"more bytes than a message may have"})
+            await _refuse(send, 413, b"more bytes than a message may have")
             return
         count = 0
 
@@ -193,6 +220,11 @@ class BoundedMessages:
             return {"type": "http.disconnect"} if count > most else message
 
         await self._app(scope, bounded, send)
+
+
+async def _refuse(send: _Send, status: int, told: bytes) -> None:
+    await send({"type": "http.response.start", "status": status, "headers": [(b"content-type", b"text/plain")]})
+    await send({"type": "http.response.body", "body": told})
 
 
 def _bounded(image: gr.Image) -> gr.Image:

@@ -23,7 +23,8 @@ STYLE = """
 .fer img {max-width: 100%; max-height: 60vh; display: block; border-radius: 6px}
 .fer .row {display: flex; gap: 1rem; flex-wrap: wrap; align-items: flex-start; margin-top: .8rem}
 .fer .bars {flex: 1 1 15rem}
-.fer .bar {display: grid; grid-template-columns: 5.5rem 1fr 3rem; align-items: center; gap: .5rem; line-height: 1.7}
+.fer .bar {display: grid; grid-template-columns: 5.5rem minmax(3rem, 1fr) 3rem; gap: .5rem}
+.fer .bar {align-items: center; line-height: 1.7}
 .fer .bar span:last-child {text-align: right; font-variant-numeric: tabular-nums}
 .fer .track {height: .8rem; border-radius: 4px; background: rgb(128 128 128 / .2); overflow: hidden}
 .fer .track div {height: 100%}
@@ -31,9 +32,15 @@ STYLE = """
 .fer figure {margin: 0; width: 11rem} .fer figure img {width: 100%; image-rendering: auto}
 .fer figcaption, .fer .small {font-size: .85rem; opacity: .8}
 .fer .state {padding: .7rem 1rem; border-radius: 6px; background: rgb(128 128 128 / .15)}
+footer .divider {display: none !important}
+.gradio-container:has(#seen .wrong) #picture img {visibility: hidden; min-height: 12rem}
 .fer .wrong {border-left: 4px solid #d73027} .fer .must {border-left: 4px solid #f2b701}
 """
 NOTHING_YET = '<div class="fer"><p class="state">No picture yet.</p></div>'
+NO_CAMERA_YET = (
+    '<div class="fer"><p class="state">No picture yet: turn on the camera, then press Record. '
+    "Frames are looked at one after another on this machine, and none is kept.</p></div>"
+)
 
 
 def result(view: View, labels: Sequence[str], *, rate: float | None = None) -> str:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from fer_dist.data.decoding import Photo
-from fer_dist.serve.evaluation import look
+from fer_dist.serve.explain import look
 from fer_dist.serve.faces import Box, crop, whole
 from fer_dist.serve.htmlreport import overlay
 from fer_dist.serve.overlay import annotate

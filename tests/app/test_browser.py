@@ -165,3 +165,17 @@ def test_camera(page: Any) -> None:
     )
     assert re.fullmatch(r"\d+\.\d frames per second", page.locator("#live .rate").inner_text())
     assert page.locator("#live img.seen").evaluate("image => image.naturalWidth") >= 640
+
+
+def test_a_window_as_wide_as_a_phone(page: Any, folder: Path) -> None:
+    """Picture and result stand one below the other, and nothing sticks out."""
+    page.set_viewport_size({"width": 390, "height": 844})
+    upload(page, folder / "one.png")
+    page.locator("#seen .count").wait_for(timeout=WAIT)
+    above, below = page.locator("#picture").bounding_box(), page.locator("#seen").bounding_box()
+    assert below["y"] >= above["y"] + above["height"]
+    for place in ("#seen .bar span:last-child", "#seen .heat", "#seen .seen"):
+        box = page.locator(place).first.bounding_box()
+        assert 0 <= box["x"] < box["x"] + box["width"] <= 390
+    assert page.locator("#seen .track").first.bounding_box()["width"] >= 100
+    assert page.evaluate("document.documentElement.scrollWidth") <= 390

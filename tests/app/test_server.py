@@ -146,6 +146,15 @@ def test_other_names_of_this_machine_are_refused(address: str) -> None:
     assert httpx.get(address).status_code == 200
 
 
+@pytest.mark.parametrize("origin", ["http://evil.example", "https://127.0.0.1", "null", "http://127.0.0.1:1"])
+def test_pages_from_elsewhere_cannot_upload(address: str, folder: Path, origin: str) -> None:
+    """A browser sends such an upload without asking first, whatever page it shows."""
+    files = {"files": ("a.png", (folder / "one.png").read_bytes())}
+    url = f"{address}gradio_api/upload"
+    assert httpx.post(url, files=files, headers={"origin": origin}, timeout=60).status_code == 403
+    assert httpx.post(url, files=files, headers={"origin": address.rstrip("/")}, timeout=60).status_code == 200
+
+
 def test_a_port_that_is_taken(address: str, folder: Path) -> None:
     port = address.rstrip("/").rpartition(":")[2]
     words = [sys.executable, "-m", "fer_dist.app", "--model", str(folder / "best.pth"), "--port", port]

@@ -160,7 +160,41 @@ def test_the_accuracy_of_a_checkpoint(tmp_path: Path, data: dict[str, object], d
         known = measured(runner)
         assert known is not None
         assert known.drawn == drawn
-        assert str(known).startswith("67.1% accuracy (65.5 to 68.6) on 3,589 pictures: ")
+        assert str(known).startswith("67.1% accuracy (95% interval 65.5 to 68.6%) on 3,589 pictures: ")
         assert ("archive.zip" in str(known)) != drawn
         assert "/home" not in pagehtml.about(runner, known)
         assert ("says little about photos" in pagehtml.about(runner, known)) == drawn
+
+
+def test_the_accuracy_of_a_checkpoint_with_mirror_images(tmp_path: Path) -> None:
+    """The app does not average over them: the page says that the number did."""
+    path, _ = trained(tmp_path)
+    val = {"loss": 1.0, "accuracy": 0.671, "macro_f1": 0.6, "recall": {}, "count": 3589}
+    record = {"epoch": 1, "step": 5, "lr": 0.1, "train_loss": 1.0, "val": val}
+    config = {"data": {"path": "a.zip"}, "train": {"flip_tta": True}}
+    saved = load(path)
+    save(path, Checkpoint(spec=saved.spec, weights=saved.weights, config=config, record=record, provenance={}))
+    with open_runner(path, device="cpu") as runner:
+        assert "on 3,589 pictures, each averaged with its mirror image: " in str(measured(runner))
+
+
+@pytest.mark.parametrize(
+    ("parity", "told"),
+    [
+        ({"count": 3000, "of": 3000}, "66.0% accuracy (95% interval 64.3 to 67.7%) on 3,000 pictures: "),
+        ({"count": 300, "of": 3000}, "66.0% accuracy (95% interval 60.5 to 71.1%) on 300 of 3,000 pictures: "),
+        ({"count": 300, "of": None}, "66.0% accuracy (95% interval 60.5 to 71.1%) on 300 pictures: "),
+        ({"count": 3000, "of": 3000, "executed": False}, " pictures, by the graph that it was built from: "),
+        ({"count": 3000, "of": 3000, "meaningful": False}, "None"),
+        ({"count": -3, "of": 3000}, "None"),
+    ],
+)
+def test_the_accuracy_of_an_exported_file(tmp_path: Path, parity: dict[str, object], told: str) -> None:
+    """The gate's: of the artifact itself, as the app asks it, on as many pictures as it was given."""
+    _, onnx = trained(tmp_path)
+    beside = mock.Mock(parity={"meaningful": True, "accuracy_candidate": 0.66, **parity}, data={"data": {"path": "a"}})
+    with (
+        open_runner(onnx, provider="cpu") as runner,
+        mock.patch("fer_dist.serve.measured.read_beside", return_value=beside),
+    ):
+        assert told in str(measured(runner))

@@ -31,7 +31,8 @@ from fer_dist.models import build_model
 from fer_dist.models.weights import read_state
 from fer_dist.predict import _main as predict
 from fer_dist.serve.dataset import settings_of
-from fer_dist.serve.evaluation import Task, evaluate
+from fer_dist.serve.evaluation import evaluate
+from fer_dist.serve.exam import Task
 from fer_dist.serve.runner import open_runner
 from fer_dist.spec import LabelSet
 from fer_dist.tensors import NotTensors, read_tensors

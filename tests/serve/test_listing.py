@@ -49,6 +49,8 @@ def test_links_that_loop_end(tmp_path: Path) -> None:
 def test_results_are_no_sources(tmp_path: Path) -> None:
     touch(tmp_path, "f/a.png", "f/out/a.png", "f/output/b.png")
     assert listed(tmp_path, "f", without="f/out") == ["f/a.png", "f/output/b.png"]
+    found = pictures([tmp_path / "f"], without=tmp_path / "f")
+    assert found.problems == [(tmp_path / "f", "is the folder of the results, too")]
     assert listed(tmp_path, "f", without="elsewhere") == ["f/a.png", "f/out/a.png", "f/output/b.png"]
 
 
