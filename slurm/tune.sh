@@ -73,12 +73,12 @@ for i in range(90):
         print(base)
         break
 '
-# The head is on the first node, where this script runs. A TERM (preemption) is told to this script, and Ray stays until
-# the search has noted what it has; USR1 is the end of Ray.
+# The head is on the first node, where this script runs. A TERM (preemption, scancel) is told to this script, and Ray
+# stays until the search has noted what it has, but not until SLURM kills it; USR1 is the end of Ray.
 # shellcheck disable=SC2016
 ON_NODE='
 ray=
-trap "[ \$SLURM_NODEID != 0 ] || kill -s TERM $FER_BATCH 2>/dev/null" TERM
+trap "[ \$SLURM_NODEID != 0 ] || kill -s TERM $FER_BATCH 2>/dev/null; (sleep 15; kill -s USR1 $$) &" TERM
 trap "[ -z \"\$ray\" ] || kill -s TERM \$ray 2>/dev/null; ended=1" USR1
 ended=
 base=$FER_PORT
@@ -97,6 +97,7 @@ fi
   --metrics-export-port=$((base + 6)) --min-worker-port=$((base + 10)) --max-worker-port=$((base + 199)) \
   $([ "$SLURM_NODEID" != 0 ] || echo --ray-client-server-port=$((base + 7))) >"$FER_RAY_TEMP.$SLURM_NODEID.log" 2>&1 &
 ray=$!
+[ -z "$ended" ] || kill -s TERM $ray
 status=0
 while kill -0 $ray 2>/dev/null; do wait $ray; status=$?; done
 if [ -n "$ended" ]; then rm -rf "$FER_RAY_TEMP" "$FER_RAY_TEMP.$SLURM_NODEID.log"; exit 0; fi
@@ -120,7 +121,7 @@ ray=''
 end_ray() { # whatever happens; a second call does nothing
   [ -n "$ray" ] || return 0
   kill -s USR1 "$ray" 2>/dev/null
-  for ((i = 0; i < 150; i++)); do
+  for ((i = 0; i < 300; i++)); do
     kill -0 "$ray" 2>/dev/null || break
     sleep 0.1
   done

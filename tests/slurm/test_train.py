@@ -1,11 +1,15 @@
 """slurm/train.sh on two nodes: what it trains, what it survives, and when it does not come again."""
 
+import os
+import re
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.slurm.rig import TRAINING, Cluster, Job
 from tests.workers.runs import plain_lines, starts, state_hash
 
@@ -142,21 +146,24 @@ def test_a_task_of_an_array(cluster: Cluster, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("by", ["chdir", "FER_SLURM", ""])
 def test_submitted_from_elsewhere(cluster: Cluster, by: str) -> None:
-    """With blanks in all paths; the environment beside the scripts is used."""
+    """With blanks in all paths; the environment beside the scripts is used, and hooks that are words."""
     repository = cluster.folder / "my repository"
     if not repository.exists():
         shutil.copytree(cluster.work / "slurm", repository / "slurm")
         (repository / ".venv" / "bin").mkdir(parents=True)
         program(repository / ".venv" / "bin" / "python", "printf '<%s>' here \"$@\"")
-    where = (f"--chdir={repository}",) if by == "chdir" else ()
-    environment = {"FER_SLURM": str(repository / "slurm")} if by == "FER_SLURM" else {}
+    where = (f"--chdir={repository}", "--export=NONE") if by == "chdir" else ()
+    hooks = {"FER_SLURM": str(repository / "slurm"), "FER_SRUN": "--label --quiet", "FER_RANKS_PER_NODE": "3"}
+    environment: dict[str, Any] = hooks if by == "FER_SLURM" else {}
     size = ("--gpus-per-node=0", "--cpus-per-task=1", f"--output={cluster.folder}/elsewhere {by}.log")
     words = ("sbatch", "--parsable", *size, *where, f"{repository}/slurm/train.sh", "--data", "my faces.zip")
     job = Job(cluster, cluster.run("sh", "-c", 'cd / && exec "$@"', "sh", *words, **environment).strip())
     if by:
         shown = job.end()
         assert shown["JobState"] == "COMPLETED"
-        assert "<fer_dist.train><--data><my faces.zip>" in (cluster.folder / f"elsewhere {by}.log").read_text()
+        told = (cluster.folder / f"elsewhere {by}.log").read_text()
+        assert re.search("<--rdzv-endpoint=[^<]+:29.*<fer_dist.train><--data><my faces.zip>$", told)
+        assert ("\n0: <here>" in told) == ("<--nproc_per_node=3>" in told) == (by == "FER_SLURM")
     else:
         assert job.end()["ExitCode"] == "2:0"
         told = (cluster.folder / "elsewhere .log").read_text()
@@ -217,3 +224,18 @@ def test_within_salloc(cluster: Cluster) -> None:
     printed = cluster.run("salloc", *size, "slurm/train.sh", *TRAINING, *training)
     assert "2 nodes (node[1-2])" in printed
     assert "best validation accuracy" in printed
+
+
+@pytest.mark.parametrize("script", ["train", "tune", "export"])
+def test_outside_of_a_job(script: str) -> None:
+    done = subprocess.run(["bash", f"slurm/{script}.sh"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "this is not a job of SLURM" in done.stderr
+
+
+def test_a_cap_that_is_no_number() -> None:
+    environment = {**os.environ, "SLURM_JOB_ID": "1", "FER_MAX_REQUEUES": "many"}
+    words = ["bash", "slurm/train.sh"]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "FER_MAX_REQUEUES is 'many', expected a number" in done.stderr

@@ -1,7 +1,6 @@
 """slurm/tune.sh: one search over two nodes, and over two starts of a job; Ray is gone whatever happens."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -102,9 +101,3 @@ def test_not_on_a_node(cluster: Cluster) -> None:
     for script in ("slurm/tune.sh", "slurm/export.sh"):
         printed = cluster.run("salloc", "--gpus-per-node=0", "--cpus-per-task=1", script, check=False)
         assert "is no node of job" in printed
-
-
-def test_not_in_a_job() -> None:
-    done = subprocess.run(["bash", "slurm/tune.sh"], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "this is not a job of SLURM" in done.stderr
