@@ -15,12 +15,14 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%A-%a.log
 set -uo pipefail
-for FER_SLURM in "${FER_SLURM:-}" "$(dirname "${BASH_SOURCE[0]}")" "${SLURM_SUBMIT_DIR:-.}/slurm"; do
+for FER_SLURM in "${FER_SLURM:-.}" "$(dirname "${BASH_SOURCE[0]}")" "$PWD/slurm" "${SLURM_SUBMIT_DIR:-.}/slurm"; do
   [ ! -r "$FER_SLURM/lib.sh" ] || break
 done
-# shellcheck source=slurm/lib.sh
-. "$FER_SLURM/lib.sh" ||
+[ -r "$FER_SLURM/lib.sh" ] ||
   { echo "error: no lib.sh; submit from the repository, or export FER_SLURM=.../slurm" >&2; exit 2; }
+# shellcheck source=slurm/lib.sh
+. "$FER_SLURM/lib.sh"
+require_node
 
 checkpoints=()
 while [ $# -gt 0 ] && [ "$1" != -- ]; do
@@ -30,8 +32,12 @@ done
 [ $# = 0 ] || shift # the --
 [ ${#checkpoints[@]} -gt 0 ] || fail "no checkpoint is named" "sbatch slurm/export.sh runs/small/best.pth"
 
-first=$((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0}))
-every=$((${SLURM_ARRAY_TASK_COUNT:-1} > 0 ? ${SLURM_ARRAY_TASK_COUNT:-1} : 1))
+step=${SLURM_ARRAY_TASK_STEP:-1}
+every=${SLURM_ARRAY_TASK_COUNT:-1}
+first=$(((${SLURM_ARRAY_TASK_ID:-0} - ${SLURM_ARRAY_TASK_MIN:-0}) / step))
+[ $(((${SLURM_ARRAY_TASK_MAX:-0} - ${SLURM_ARRAY_TASK_MIN:-0}) / step + 1)) = "$every" ] ||
+  fail "the array has gaps: $every tasks of ${SLURM_ARRAY_TASK_MIN:-} to ${SLURM_ARRAY_TASK_MAX:-}" "sbatch --array=0-3"
+[ "$first" -lt ${#checkpoints[@]} ] || say "${#checkpoints[@]} checkpoints, $every tasks: nothing to do here"
 passed_on=TERM
 first_error=0
 for ((i = first; i < ${#checkpoints[@]}; i += every)); do

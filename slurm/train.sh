@@ -17,12 +17,13 @@
 #SBATCH --open-mode=append       # ... and then writes on in the same log
 #SBATCH --output=%x-%j.log
 set -uo pipefail
-for FER_SLURM in "${FER_SLURM:-}" "$(dirname "${BASH_SOURCE[0]}")" "${SLURM_SUBMIT_DIR:-.}/slurm"; do
+for FER_SLURM in "${FER_SLURM:-.}" "$(dirname "${BASH_SOURCE[0]}")" "$PWD/slurm" "${SLURM_SUBMIT_DIR:-.}/slurm"; do
   [ ! -r "$FER_SLURM/lib.sh" ] || break
 done
-# shellcheck source=slurm/lib.sh
-. "$FER_SLURM/lib.sh" ||
+[ -r "$FER_SLURM/lib.sh" ] ||
   { echo "error: no lib.sh; submit from the repository, or export FER_SLURM=.../slurm" >&2; exit 2; }
+# shellcheck source=slurm/lib.sh
+. "$FER_SLURM/lib.sh"
 
 # What a node runs. Its ranks: FER_RANKS_PER_NODE, or a rank a GPU, or a rank a core. exec, so that torchrun is what
 # SLURM signals; it tells the ranks, and waits for their saving longer than the 30 s that it would by itself. It is
@@ -43,8 +44,7 @@ FER_RENDEZVOUS=$(first_node):$((29000 + SLURM_JOB_ID % 3000))
 export FER_RENDEZVOUS
 say "job $SLURM_JOB_ID, start $((RESTARTS + 1)): $NODES nodes (${SLURM_JOB_NODELIST:-}), rendezvous $FER_RENDEZVOUS"
 words=("${WITHIN[@]}" "$PYTHON")
-# A mistake in the settings is told here, once and with the exit code 2, not by every torchrun.
-[ -n "${FER_SRUN:-}" ] || "${words[@]}" -m fer_dist.train "$@" --print-config >/dev/null || exit
+require_words fer_dist.train "$@" # and not by every rank
 # A node that ends first, with a bad exit or not, must not end the others while they save.
 await srun --nodes="$NODES" --ntasks="$NODES" --ntasks-per-node=1 --kill-on-bad-exit=0 --wait=660 "${SRUN_WORDS[@]}" \
   bash -c "$ON_NODE" fer_dist "${#words[@]}" "${words[@]}" "$@"

@@ -18,17 +18,21 @@
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
 set -uo pipefail
-for FER_SLURM in "${FER_SLURM:-}" "$(dirname "${BASH_SOURCE[0]}")" "${SLURM_SUBMIT_DIR:-.}/slurm"; do
+for FER_SLURM in "${FER_SLURM:-.}" "$(dirname "${BASH_SOURCE[0]}")" "$PWD/slurm" "${SLURM_SUBMIT_DIR:-.}/slurm"; do
   [ ! -r "$FER_SLURM/lib.sh" ] || break
 done
-# shellcheck source=slurm/lib.sh
-. "$FER_SLURM/lib.sh" ||
+[ -r "$FER_SLURM/lib.sh" ] ||
   { echo "error: no lib.sh; submit from the repository, or export FER_SLURM=.../slurm" >&2; exit 2; }
+# shellcheck source=slurm/lib.sh
+. "$FER_SLURM/lib.sh"
+require_node
 
 # -- which search: a name that the next start of this job knows, too
 
 name=job-$SLURM_JOB_ID
 named=''
+resumed=''
+kept=() # words that no search notes
 folder=tune_runs
 words=("$@")
 for ((i = 0; i < ${#words[@]}; i++)); do
@@ -38,12 +42,16 @@ for ((i = 0; i < ${#words[@]}; i++)); do
     --dir) folder=${words[i + 1]:-} ;;
     --dir=*) folder=${words[i]#--dir=} ;;
     --address | --address=*) fail "--address is not for this script: it starts Ray itself" "leave it out" ;;
-    --resume) named=1 ;;
+    --resume) named=1 resumed=1 ;;
+    --concurrent) kept+=("${words[@]:i:2}") ;;
+    --concurrent=*) kept+=("${words[i]}") ;;
   esac
 done
 [ -n "$named" ] || words+=(--name "$name")
 if [ "$RESTARTS" -gt 0 ] && [ -e "$folder/$name/search.yaml" ]; then
-  words=(--dir "$folder" --name "$name" --resume) # what it was asked for stands there
+  words=(--dir "$folder" --name "$name" --resume "${kept[@]}") # all else that it was asked for stands there
+elif [ -z "$resumed" ]; then
+  require_words tune.search "${words[@]}" # before Ray is up
 fi
 
 # -- Ray, on each node
@@ -65,25 +73,23 @@ for i in range(90):
         print(base)
         break
 '
-# The head is on the first node, where this script runs. A TERM (preemption) is told to this script, and Ray stays until
-# the search has noted what it has; USR1 is the end of Ray.
+# The head is on the first node, where this script runs. A TERM (preemption, scancel) is told to this script, and Ray
+# stays until the search has noted what it has, but not until SLURM kills it; USR1 is the end of Ray.
 # shellcheck disable=SC2016
 ON_NODE='
-within=("${@:1:$#}")
 ray=
-trap "[ \$SLURM_NODEID != 0 ] || kill -s TERM $FER_BATCH 2>/dev/null" TERM
+trap "[ \$SLURM_NODEID != 0 ] || kill -s TERM $FER_BATCH 2>/dev/null; (sleep 15; kill -s USR1 $$) &" TERM
 trap "[ -z \"\$ray\" ] || kill -s TERM \$ray 2>/dev/null; ended=1" USR1
 ended=
-base=$("${within[@]}" -c "$FER_PORTS")
+base=$FER_PORT
 where=(--node-ip-address="$FER_ADDRESS" --port="$FER_PORT" --head --include-dashboard=false)
-if [ "$SLURM_NODEID" = 0 ]; then
-  base=$FER_PORT
-else
+if [ "$SLURM_NODEID" != 0 ]; then
+  base=$("$@" -c "$FER_PORTS")
   where=(--address="$FER_ADDRESS:$FER_PORT")
   for ((i = 0; i < 600; i++)); do (exec 3<>"/dev/tcp/$FER_ADDRESS/$FER_PORT") 2>/dev/null && break; sleep 0.2; done
 fi
 [ -n "$base" ] || { echo "error: no 200 free ports between 10000 and 28000 on $(hostname)" >&2; exit 2; }
-"${within[@]}" -m ray.scripts.scripts start --block --disable-usage-stats --log-color=false "${where[@]}" \
+"$@" -m ray.scripts.scripts start --block --disable-usage-stats --log-color=false "${where[@]}" \
   --temp-dir="$FER_RAY_TEMP" --num-cpus="${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}" \
   --num-gpus="${SLURM_GPUS_ON_NODE:-0}" --object-store-memory=134217728 \
   --node-manager-port=$((base + 1)) --object-manager-port=$((base + 2)) --runtime-env-agent-port=$((base + 3)) \
@@ -91,6 +97,7 @@ fi
   --metrics-export-port=$((base + 6)) --min-worker-port=$((base + 10)) --max-worker-port=$((base + 199)) \
   $([ "$SLURM_NODEID" != 0 ] || echo --ray-client-server-port=$((base + 7))) >"$FER_RAY_TEMP.$SLURM_NODEID.log" 2>&1 &
 ray=$!
+[ -z "$ended" ] || kill -s TERM $ray
 status=0
 while kill -0 $ray 2>/dev/null; do wait $ray; status=$?; done
 if [ -n "$ended" ]; then rm -rf "$FER_RAY_TEMP" "$FER_RAY_TEMP.$SLURM_NODEID.log"; exit 0; fi
@@ -114,7 +121,7 @@ ray=''
 end_ray() { # whatever happens; a second call does nothing
   [ -n "$ray" ] || return 0
   kill -s USR1 "$ray" 2>/dev/null
-  for ((i = 0; i < 150; i++)); do
+  for ((i = 0; i < 300; i++)); do
     kill -0 "$ray" 2>/dev/null || break
     sleep 0.1
   done
@@ -130,16 +137,17 @@ ray=$!
 
 # shellcheck disable=SC2016
 WAIT='
-import os, sys, time
+import os, socket, sys, time
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 import ray
 end = time.monotonic() + 180
 while True:
     try:
+        socket.create_connection((os.environ["FER_ADDRESS"], int(os.environ["FER_PORT"])), 1).close()
         ray.init(os.environ["FER_ADDRESS"] + ":" + os.environ["FER_PORT"], logging_level="ERROR", log_to_driver=False)
         while sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[1]) and time.monotonic() < end: time.sleep(0.2)
         sys.exit(sum(node["Alive"] for node in ray.nodes()) < int(sys.argv[1]))
-    except (ConnectionError, RuntimeError) as error:
+    except (OSError, RuntimeError) as error:
         if time.monotonic() > end: sys.exit(str(error))
         time.sleep(0.5)
 '

@@ -7,6 +7,7 @@ machine, on ports that are free, and at the end all that carries the mark of thi
 
 import contextlib
 import os
+import random
 import signal
 import socket
 import subprocess
@@ -53,7 +54,7 @@ class Boot:
             time.sleep(0.1)
 
     def _private_machine(self) -> None:
-        """Host names, a bridge between the nodes, a corner of the freezer: of this mount namespace only."""
+        """Host names and a bridge between the nodes: of these namespaces only."""
         hosts = self.folder / "hosts"
         names = [f"10.77.0.{10 + number} {node}" for number, node in enumerate(NODES, 1)]
         hosts.write_text("\n".join(["127.0.0.1 localhost", "10.77.0.1 control", *names]) + "\n")
@@ -98,6 +99,9 @@ class Boot:
             "FOLDER": str(self.folder),
             "CONTROL": f"{control}({'10.77.0.1' if self.own else '127.0.0.1'})",
             "PORT": str(6817 if self.own else free_port()),
+            # Another one in each cluster: jobs of two that run at once share /tmp, the freezer, and without
+            # namespaces the ports that follow from the number.
+            "FIRST": str(random.randrange(1000, 60_000_000)),
             "PROCTRACK": self.proctrack,
             "GRES": "GresTypes=gpu" if self.gpus else "",
             "NODES": "\n".join(nodes),

@@ -18,13 +18,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="module")
-def proctrack(request: pytest.FixtureRequest) -> str:
+def proctrack() -> str:
     """How SLURM finds the processes of a job; cgroup, as real clusters do, where it can be had."""
-    asked = getattr(request, "param", "")
-    reason = no_freezer()
-    if asked == "cgroup" and reason:
-        pytest.skip(reason)
-    return asked or ("linuxproc" if reason else "cgroup")
+    return "linuxproc" if no_freezer() else "cgroup"
 
 
 @pytest.fixture(scope="module")

@@ -86,6 +86,20 @@ def test_array_of_exports(cluster: Cluster, unbroken: Path) -> None:
     assert "JobState=FAILED" in states
 
 
+def test_arrays_of_other_forms(cluster: Cluster) -> None:
+    """A step is counted, a task too many has nothing to do, and gaps are refused: a part would be left out."""
+    size = ("--parsable", "--gpus-per-node=0", "--cpus-per-task=1", "--output=form-%a.log")
+    words = ("slurm/export.sh", "a.pth", "b.pth", "--", "--limit", "14")
+    cluster.run("sbatch", "--array=1-5:2", *size, *words, FER_PYTHON="echo")
+    cluster.run("sbatch", "--array=6,8,9", *size, *words, FER_PYTHON="echo")
+    cluster.until(lambda: not cluster.run("squeue", "-h").strip(), "end of the arrays", 150)
+    logs = {task: (cluster.work / f"form-{task}.log").read_text() for task in (1, 3, 5, 6, 8, 9)}
+    assert logs[1].endswith("export of a.pth\n-m export.trt a.pth --limit 14\n")
+    assert logs[3].endswith("export of b.pth\n-m export.trt b.pth --limit 14\n")
+    assert logs[5].endswith("2 checkpoints, 3 tasks: nothing to do here\n")
+    assert all("the array has gaps: 3 tasks of 6 to 9" in logs[task] for task in (6, 8, 9))
+
+
 def test_no_checkpoint(cluster: Cluster) -> None:
     job = cluster.submit("--gpus-per-node=0", "slurm/export.sh", "--", "--limit", "14")
     shown = job.end()

@@ -1,10 +1,15 @@
 """slurm/train.sh on two nodes: what it trains, what it survives, and when it does not come again."""
 
+import os
+import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests.conftest import ROOT
 from tests.slurm.rig import TRAINING, Cluster, Job
 from tests.workers.runs import plain_lines, starts, state_hash
 
@@ -86,6 +91,13 @@ def test_scancel_leaves_nothing(cluster: Cluster) -> None:
     assert "stopped: SIGTERM" in job.log, "what was trained is saved all the same"
 
 
+def program(path: Path, *lines: str) -> str:
+    """The path of a program of these lines of sh."""
+    path.write_text("\n".join(("#!/bin/sh", *lines, "")))
+    path.chmod(0o755)
+    return str(path)
+
+
 def require_failed(job: Job, code: int) -> str:
     """It has ended with this exit code, and did not come again; its log."""
     shown = job.end()
@@ -93,30 +105,83 @@ def require_failed(job: Job, code: int) -> str:
     return job.log
 
 
-def test_what_is_not_requeued(cluster: Cluster) -> None:
-    """Settings that are wrong, a crash, a hook that is not there; each says why."""
+def test_what_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
+    """Settings that are wrong, a crash, hooks that are not there or fail; each says why."""
+    setup = tmp_path / "site.sh"
+    setup.write_text("module() { return 3; }\nmodule load cuda\n")
     wrong = cluster.train("wrong", settings=("--optim.lr", "-1"))
+    misspelt = cluster.train("misspelt", nodes=2, settings=("--optim.lrr", "1"))
     crash = cluster.train("crash", CRASH_STEP="3")
     hook = cluster.train("hook", FER_SETUP="/no/such/file")
-    log = require_failed(wrong, 2)
-    assert log.count("optim.lr is -1.0, expected > 0") == 1, "told once"
-    assert "Traceback" not in log
+    failing = cluster.train("failing", FER_SETUP=str(setup))
+    python = cluster.train("python", FER_PYTHON="/no/such/python")
+    for job, told in ((wrong, "optim.lr is -1.0, expected > 0"), (misspelt, "unknown setting 'optim.lrr'")):
+        log = require_failed(job, 2)
+        assert log.count(told) == log.count("error") == 1, "told once"
+        assert "Traceback" not in log
     log = require_failed(crash, 1)
     assert "the test has asked for it" in log
     assert "ended with 1: not requeued" in log
     assert "FER_SETUP names /no/such/file" in require_failed(hook, 2)
+    assert "site.sh, has ended with exit code 3" in require_failed(failing, 2)
+    assert "/no/such/python cannot run fer_dist.train" in require_failed(python, 2)
+
+
+def test_a_task_of_an_array(cluster: Cluster, tmp_path: Path) -> None:
+    """The last task has the number of the array; it alone is requeued, while the others go on."""
+    within = program(
+        tmp_path / "instead",
+        'case "$*$SLURM_RESTART_COUNT" in *--print-config | *[0-9]) exit ;; esac',
+        f"trap 'exit 75' USR1; touch {tmp_path}/$SLURM_ARRAY_TASK_ID; sleep 8 & wait",
+    )
+    array = cluster.train("array", "--array=0-1", FER_WITHIN=within)
+    first, last = (Job(cluster, f"{array.number}_{task}") for task in (0, 1))
+    cluster.until((tmp_path / "0").exists, "first task")
+    cluster.until((tmp_path / "1").exists, "last task")
+    assert last.shown()["JobId"] == array.number
+    cluster.run("scancel", "--signal=USR1", "--batch", last.number)
+    assert (last.end()["JobState"], last.shown()["Restarts"]) == ("COMPLETED", "1"), last.told()
+    assert (first.end()["JobState"], first.shown()["Restarts"]) == ("COMPLETED", "0"), first.told()
+
+
+@pytest.mark.parametrize("by", ["chdir", "FER_SLURM", ""])
+def test_submitted_from_elsewhere(cluster: Cluster, by: str) -> None:
+    """With blanks in all paths; the environment beside the scripts is used, and hooks that are words."""
+    repository = cluster.folder / "my repository"
+    if not repository.exists():
+        shutil.copytree(cluster.work / "slurm", repository / "slurm")
+        (repository / ".venv" / "bin").mkdir(parents=True)
+        program(repository / ".venv" / "bin" / "python", "printf '<%s>' here \"$@\"")
+    where = (f"--chdir={repository}", "--export=NONE") if by == "chdir" else ()
+    hooks = {"FER_SLURM": str(repository / "slurm"), "FER_SRUN": "--label --quiet", "FER_RANKS_PER_NODE": "3"}
+    environment: dict[str, Any] = hooks if by == "FER_SLURM" else {}
+    size = ("--gpus-per-node=0", "--cpus-per-task=1", f"--output={cluster.folder}/elsewhere {by}.log")
+    words = ("sbatch", "--parsable", *size, *where, f"{repository}/slurm/train.sh", "--data", "my faces.zip")
+    job = Job(cluster, cluster.run("sh", "-c", 'cd / && exec "$@"', "sh", *words, **environment).strip())
+    if by:
+        shown = job.end()
+        assert shown["JobState"] == "COMPLETED"
+        told = (cluster.folder / f"elsewhere {by}.log").read_text()
+        assert re.search(r"<--rdzv-endpoint=[^<]+:\d+>.*<fer_dist.train><--data><my faces.zip>$", told)
+        assert ("\n0: <here>" in told) == ("<--nproc_per_node=3>" in told) == (by == "FER_SLURM")
+    else:
+        assert job.end()["ExitCode"] == "2:0"
+        told = (cluster.folder / "elsewhere .log").read_text()
+        assert told == "error: no lib.sh; submit from the repository, or export FER_SLURM=.../slurm\n"
 
 
 def test_a_cap_on_requeues(cluster: Cluster, tmp_path: Path) -> None:
-    """Stopped again and again; the hooks of a site are followed at each start."""
+    """Stopped again and again; the hooks of a site are followed at each start, and may be careless."""
     setup = tmp_path / "site.sh"
-    setup.write_text(f"echo start >> {tmp_path}/sourced\nexport FER_MAX_REQUEUES=1\n")
-    words = f"env FER_WITHIN_WAS_HERE=1 touch_and_run {tmp_path}/within"
-    within = tmp_path / "touch_and_run"
-    within.write_text('#!/bin/sh\ntouch "$1"; shift; exec "$@"\n')
-    within.chmod(0o755)
-    hooks: dict[str, Any] = {"FER_SETUP": str(setup), "FER_WITHIN": words.replace("touch_and_run", str(within))}
-    job = cluster.train("capped", STOP_STEP="3", **hooks)
+    setup.write_text(f"set -e; : $NOT_SET_ANYWHERE\necho start >> {tmp_path}/sourced\nexport FER_MAX_REQUEUES=1\n")
+    within = program(
+        tmp_path / "instead",
+        'touch "$1"; shift',
+        'case "$*" in *--print-config) exit ;; esac',
+        "scancel --signal=USR1 --batch $SLURM_JOB_ID; sleep 1; exit 75",
+    )
+    words = f"env FER_WITHIN_WAS_HERE=1 {within} {tmp_path}/within"
+    job = cluster.train("capped", FER_SETUP=str(setup), FER_WITHIN=words)
     shown = job.end()
     assert (shown["JobState"], shown["Restarts"]) == ("FAILED", "1"), job.told()
     assert "requeued 1 times already (FER_MAX_REQUEUES=1): not again" in job.log
@@ -138,13 +203,14 @@ def test_without_scontrol(cluster: Cluster, tmp_path: Path) -> None:
 
 def test_a_finished_run_is_not_requeued(cluster: Cluster, tmp_path: Path) -> None:
     """The signal comes when the ranks are done, and changes nothing."""
-    within = tmp_path / "within"
-    within.write_text(
-        '#!/bin/sh\ntrap : USR1\n"$@" || exit\ncase "$*" in *fer_dist.launch*)\n'
-        f"  scancel --signal=USR1 --batch $SLURM_JOB_ID && touch {tmp_path}/told; sleep 2 ;;\nesac\nexit 0\n"
+    within = program(
+        tmp_path / "within",
+        'trap : USR1; "$@" || exit',
+        'case "$*" in *fer_dist.launch*)',
+        f"  scancel --signal=USR1 --batch $SLURM_JOB_ID && touch {tmp_path}/told; sleep 2 ;;",
+        "esac",
     )
-    within.chmod(0o755)
-    job = cluster.train("finished", settings=("--train.epochs", "1"), FER_WITHIN=str(within))
+    job = cluster.train("finished", settings=("--train.epochs", "1"), FER_WITHIN=within)
     shown = job.end()
     assert (shown["JobState"], shown["Restarts"]) == ("COMPLETED", "0"), job.told()
     assert (tmp_path / "told").exists()
@@ -158,3 +224,18 @@ def test_within_salloc(cluster: Cluster) -> None:
     printed = cluster.run("salloc", *size, "slurm/train.sh", *TRAINING, *training)
     assert "2 nodes (node[1-2])" in printed
     assert "best validation accuracy" in printed
+
+
+@pytest.mark.parametrize("script", ["train", "tune", "export"])
+def test_outside_of_a_job(script: str) -> None:
+    done = subprocess.run(["bash", f"slurm/{script}.sh"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "this is not a job of SLURM" in done.stderr
+
+
+def test_a_cap_that_is_no_number() -> None:
+    environment = {**os.environ, "SLURM_JOB_ID": "1", "FER_MAX_REQUEUES": "many"}
+    words = ["bash", "slurm/train.sh"]
+    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "FER_MAX_REQUEUES is 'many', expected a number" in done.stderr

@@ -1,11 +1,10 @@
 """slurm/tune.sh: one search over two nodes, and over two starts of a job; Ray is gone whatever happens."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
-from tests.slurm.rig import Cluster
+from tests.slurm.rig import Cluster, Job
 from tune.ledger import Ledger
 
 SEARCH = (
@@ -22,9 +21,10 @@ def listening(cluster: Cluster, node: str) -> set[tuple[str, int]]:
     return {(host, int(port)) for host, _, port in places if int(port) < 32768 and int(port) != 6818}
 
 
-def require_no_ray(cluster: Cluster) -> None:
+def require_no_ray(cluster: Cluster, *jobs: Job) -> None:
     cluster.until(lambda: not cluster.working(), f"end of {cluster.working()}")
-    assert not list(Path("/tmp").glob("fer_ray_*"))
+    for job in jobs:
+        assert not list(Path("/tmp").glob(f"fer_ray_{job.number}.*"))
 
 
 def test_two_nodes(cluster: Cluster) -> None:
@@ -46,13 +46,14 @@ def test_two_nodes(cluster: Cluster) -> None:
     assert log.count("280 pictures are ready") == 2
     found = Ledger(cluster.work / "tune_runs" / f"job-{job.number}").trials()
     assert [(trial.status, len(trial.records)) for trial in found] == [("finished", 3)] * 2
-    require_no_ray(cluster)
+    require_no_ray(cluster, job)
 
 
 def test_a_search_goes_on(cluster: Cluster) -> None:
     """One node, stopped before its limit, requeued; the second start has the search of the first."""
     size = ("--gpus-per-node=0", "--cpus-per-task=2")
-    job = cluster.submit(*size, "slurm/tune.sh", *SEARCH, "--trials", "3", "--name", "mine", "--train.epochs", "6")
+    words = ("--trials", "3", "--name", "mine", "--train.epochs", "6", "--concurrent", "1")
+    job = cluster.submit(*size, "slurm/tune.sh", *SEARCH, *words)
     job.until_log("trial 001 epoch 1/6")
     if cluster.own:
         assert {host for host, _ in listening(cluster, "node1")} <= {"127.0.0.1", "[::ffff:127.0.0.1]", "[::1]"}
@@ -60,26 +61,43 @@ def test_a_search_goes_on(cluster: Cluster) -> None:
     log = job.done()
     assert "told to stop (USR1): requeued" in log
     assert job.shown()["Restarts"] == "1"
+    assert log.count(" trials, 1 at once") == 2, "as it was asked for, in both starts"
     found = Ledger(cluster.work / "tune_runs" / "mine").trials()
     assert [(trial.status, len(trial.records)) for trial in found] == [("finished", 6)] * 3
-    require_no_ray(cluster)
+    require_no_ray(cluster, job)
 
 
-def test_scancel(cluster: Cluster) -> None:
-    job = cluster.submit("--gpus-per-node=0", "--cpus-per-task=1", "slurm/tune.sh", *SEARCH, "--trials", "1")
-    job.until_log("trial 001 starts")
-    cluster.run("scancel", job.number)
-    assert job.end()["JobState"] == "CANCELLED"
-    require_no_ray(cluster)
+def test_two_jobs_on_one_node(cluster: Cluster) -> None:
+    """Each has ports and a folder of its own; scancel of one leaves the other as it is, and nothing of its own."""
+    words = ("--gpus-per-node=0", "--cpus-per-task=1", "--nodelist=node1", "slurm/tune.sh", *SEARCH, "--trials", "1")
+    one, other = cluster.submit(*words), cluster.submit(*words)
+    for job in (one, other):
+        job.until_log("trial 001 starts")
+    assert one.log.splitlines()[0].split()[-1] != other.log.splitlines()[0].split()[-1], "addresses"
+    cluster.run("scancel", one.number)
+    assert one.end()["JobState"] == "CANCELLED"
+    assert "trial 001 epoch 3/3" in other.done()
+    require_no_ray(cluster, one, other)
 
 
-def test_an_address_is_refused(cluster: Cluster) -> None:
-    job = cluster.submit("--gpus-per-node=0", "--cpus-per-task=1", "slurm/tune.sh", "--address", "auto")
-    assert job.end()["ExitCode"] == "2:0"
-    assert "--address is not for this script" in job.log
+def test_wrong_words(cluster: Cluster) -> None:
+    """Told before Ray is started."""
+    size = ("--gpus-per-node=0", "--cpus-per-task=1", "slurm/tune.sh")
+    misspelt, unknown = cluster.submit(*size, "--optim.lrr", "1"), cluster.submit(*size, "--sercher", "tpe")
+    address = cluster.submit(*size, "--address", "auto")
+    for job, told in (
+        (misspelt, "did you mean 'optim.lr'?"),
+        (unknown, "did you mean '--searcher'?"),
+        (address, "--address is not for this script"),
+    ):
+        shown = job.end()
+        assert (shown["ExitCode"], shown["Restarts"]) == ("2:0", "0")
+        assert told in job.log
+        assert len(job.log.splitlines()) == 2, "this, and nothing else"
 
 
-def test_not_in_a_job() -> None:
-    done = subprocess.run(["bash", "slurm/tune.sh"], capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "this is not a job of SLURM" in done.stderr
+def test_not_on_a_node(cluster: Cluster) -> None:
+    """salloc leaves the script where it is: a loopback would not be that of the node."""
+    for script in ("slurm/tune.sh", "slurm/export.sh"):
+        printed = cluster.run("salloc", "--gpus-per-node=0", "--cpus-per-task=1", script, check=False)
+        assert "is no node of job" in printed
