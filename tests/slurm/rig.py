@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 
 NEEDED = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "munged")
 FREEZER = Path("/sys/fs/cgroup/freezer")
-LIMIT_S = float(os.environ.get("TEST_PATIENCE_S", "150"))
+LIMIT_S = float(os.environ.get("TEST_PATIENCE_S", "300"))
 """How long one thing that a test waits for may take."""
 NAMESPACES = ("unshare", "--mount", "--net", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
 TRAINING = (
@@ -77,6 +77,7 @@ class Cluster:
         self.folder.chmod(0o755)
         self.work = self.folder / "work"
         self.own = namespaces()
+        self._jobs: list[str] = []
         self._mark = uuid.uuid4().hex
         bin_folder = Path(sys.executable).parent
         self._environment = {
@@ -140,6 +141,8 @@ class Cluster:
             for folder in sorted((p for p in [top, *top.rglob("*")] if p.is_dir()), reverse=True):
                 with contextlib.suppress(OSError):  # of another cluster, which lives
                     folder.rmdir()
+        for left in (path for job in self._jobs for path in Path("/tmp").glob(f"fer_ray_{job}.*")):
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         if "FER_SLURM_KEEP" not in os.environ:
             shutil.rmtree(self.folder, ignore_errors=True)
 
@@ -177,6 +180,7 @@ class Cluster:
         printed = self.run("sbatch", *words, **environment)
         found = re.search(r"Submitted batch job (\d+)", printed)
         assert found, printed
+        self._jobs.append(found[1])
         return Job(self, found[1])
 
     def train(self, name: str, *words: str, nodes: int = 1, settings: Sequence[str] = (), **environment: str) -> "Job":
