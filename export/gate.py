@@ -262,13 +262,13 @@ def _part(of_one: float) -> str:
 
 
 def _told(spec: ModelSpec) -> str:
-    arch, shown, temperature = _network(spec)
-    return printable(f"{arch} {shown}, temperature {temperature:.4g}"[:300])
+    arch, shown, smoothing, temperature = _network(spec)
+    return printable(f"{arch} {shown}, smoothing {smoothing:.4g}, temperature {temperature:.4g}"[:300])
 
 
-def _network(spec: ModelSpec) -> tuple[str, InputSpec, float]:
+def _network(spec: ModelSpec) -> tuple[str, InputSpec, float, float]:
     """What an artifact must have in common with its reference, labels aside."""
-    return spec.arch, spec.input, spec.temperature
+    return spec.arch, spec.input, spec.smoothing, spec.temperature
 
 
 def _listed(spec: ModelSpec) -> str:

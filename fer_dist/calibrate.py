@@ -2,9 +2,9 @@
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fer_dist.commandline import Parser, run
 from fer_dist.console import counting, natural, positive, say
@@ -15,10 +15,11 @@ if TYPE_CHECKING:  # heavy at run time: --help must answer at once
 
 PROG = "python -m fer_dist.calibrate"
 ABOUT = """\
-Finds the temperature that a checkpoint's logits are to be divided by, so that of answers given with 80% about 80% are
-right (Guo et al. 2017), and writes best.calibrated.pth with it; what is exported from that has it inside. No answer
-changes, only how sure it is. Prints how far sureness and being right are apart before, and after on pictures that the
-temperature was not chosen on (five folds). A checkpoint that has one gets a new one in its place."""
+Takes the label smoothing of the training back and finds the temperature that a checkpoint's logits are to be divided
+by, so that of answers given with 80% about 80% are right (Guo et al. 2017). Writes best.calibrated.pth with both; what
+is exported from that has them inside. No answer changes, only how sure it is. Prints how far sureness and being right
+are apart before, and after on pictures that the temperature was not chosen on (five folds). A checkpoint that has a
+temperature gets a new one in its place."""
 SPLIT_CODES = {"val": 1, "test": 2}
 """`fer_dist.data.faces` says the same, but with numpy."""
 
@@ -38,7 +39,8 @@ def _main(argv: Sequence[str]) -> None:
     from fer_dist.data.split import require_part
     from fer_dist.engine.checkpoint import load, save
     from fer_dist.engine.score import answers
-    from fer_dist.engine.temperature import fit, require_bounds
+    from fer_dist.engine.temperature import fit
+    from fer_dist.models.base import unsmoothed
     from fer_dist.serve.artifact import file_sha256
     from fer_dist.serve.dataset import data_settings, open_data
     from fer_dist.serve.runner import open_runner
@@ -52,16 +54,20 @@ def _main(argv: Sequence[str]) -> None:
         open_runner(given.path, device=given.device) as runner,
         counting(f"asking {printable(given.path.name)}", len(rows_M)) as told,
     ):
-        log_p_MK = answers(runner, data.faces, rows_M, World(), batch=given.batch, progress=told).numpy()
-    found = fit(log_p_MK, data.faces.labels_N[rows_M], given.seed)
-    total = require_bounds(saved.spec.temperature * found.temperature)
+        log_p_MK = answers(runner, data.faces, rows_M, World(), batch=given.batch, progress=told)
+    smoothing = saved.spec.smoothing or _smoothing(saved.config)
+    cold_MK = log_p_MK * saved.spec.temperature
+    if smoothing and not saved.spec.smoothing:
+        cold_MK = unsmoothed(cold_MK, smoothing)
+    labels_M = data.faces.labels_N[rows_M]
+    found = fit(cold_MK.numpy(), labels_M, given.seed, before_NK=log_p_MK.numpy())
     say(f"{found.count:,} pictures, {given.split} part of {data.source}")
-    say("\n".join(_lines(found, saved.spec.temperature, total)))
+    say("\n".join(_lines(found, saved.spec.temperature, smoothing)))
     about = {"data": PurePath(data.source).name, "key": data.faces.key, "split": given.split}
-    entry = {**asdict(found), "temperature": total, **about, "checkpoint_sha256": sha256}
+    entry = {**asdict(found), "smoothing": smoothing, **about, "checkpoint_sha256": sha256}
     made = replace(
         saved,
-        spec=replace(saved.spec, temperature=total),
+        spec=replace(saved.spec, smoothing=smoothing, temperature=found.temperature),
         provenance={**saved.provenance, "calibration": entry},
         resume={},
     )
@@ -94,18 +100,28 @@ def _require_names(path: Path, out: Path) -> None:
         raise UserError(f"{out} exists, and is not replaced", "--out FILE with another name, or remove it")
 
 
-def _lines(found: "Fit", before: float, total: float) -> list[str]:
+def _smoothing(config: Mapping[str, Any]) -> float:
+    """Label smoothing of the training; 0 where the settings, which may be a stranger's, say none of ours."""
+    from fer_dist.spec import MOST_SMOOTHING
+
+    train = config.get("train")
+    said = train.get("label_smoothing") if isinstance(train, Mapping) else None
+    return said if type(said) is float and 0 <= said <= MOST_SMOOTHING else 0.0
+
+
+def _lines(found: "Fit", before: float, smoothing: float) -> list[str]:
     """The numbers, for people."""
-    old = "" if before == 1 else f", on top of {before:.4f}: {total:.4f} in all"
+    old = "" if before == 1 else f", in place of {before:.4f}"
     worse = found.ece_cross_fitted > found.ece_before
     note = "note: the calibration error grew: it is too sure in one range and not sure enough in another, which one "
     return [
+        *([f"label smoothing     {smoothing:g} in training, taken back"] if smoothing else []),
         f"temperature         {found.temperature:.4f}{old}",
         f"calibration error   {100 * found.ece_before:.2f}% before, {100 * found.ece_cross_fitted:.2f}% after, on "
         "pictures that it was not fitted on (15 bins, five folds)",
         f"log-likelihood      {-found.nll_before:.4f} nats a picture before, {-found.nll_after:.4f} after, "
         f"{-found.nll_cross_fitted:.4f} on pictures that it was not fitted on",
-        *([f"{note}temperature cannot mend (label smoothing does that)"] if worse else []),
+        *([f"{note}temperature cannot mend"] if worse else []),
     ]
 
 

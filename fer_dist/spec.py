@@ -29,6 +29,9 @@ LARGEST = 1024
 LOWEST, HIGHEST = 0.01, 100.0
 """Of a temperature: beyond these a model knows nothing, or its answers were all right, and float16 overflows."""
 
+MOST_SMOOTHING = 0.9
+"""Of labels, as in `train.label_smoothing`."""
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -80,13 +83,16 @@ class ModelSpec:
 
     Attributes:
         options: sizes of the architecture.
-        temperature: what the network's logits are divided by (`fer_dist.calibrate`); 1 while it trains.
+        smoothing: label smoothing of the training, taken back from the network's answers (`fer_dist.calibrate`),
+            fraction; 0: it is not, as while it trains.
+        temperature: what its logits are then divided by; 1 while it trains.
     """
 
     arch: str
     labels: LabelSet = field(default_factory=LabelSet)
     input: InputSpec = field(default_factory=InputSpec)
     options: dict[str, Any] = field(default_factory=dict)
+    smoothing: float = 0.0
     temperature: float = 1.0
 
     def to_dict(self) -> dict[str, Any]:
@@ -98,7 +104,7 @@ class ModelSpec:
 
     @classmethod
     def from_dict(cls, plain: dict[str, Any]) -> "ModelSpec":
-        """The inverse of `to_dict`; the dictionary may come from a stranger's file, or from before temperatures.
+        """The inverse of `to_dict`; the dictionary may come from a stranger's file, or from before calibration.
 
         Raises:
             KeyError, TypeError, ValueError: the dictionary is not one of ours.
@@ -109,6 +115,7 @@ class ModelSpec:
             labels=LabelSet(names=tuple(plain["labels"])),
             input=InputSpec(**values),
             options=dict(plain["options"]),
+            smoothing=plain.get("smoothing", 0.0),
             temperature=plain.get("temperature", 1.0),
         )
         names, shown = spec.labels.names, spec.input
@@ -123,6 +130,8 @@ class ModelSpec:
             raise ValueError("its labels are no different names")
         if not all(type(name) is str for name in spec.options):
             raise ValueError("its options have no names")
+        if type(spec.smoothing) is not float or not 0 <= spec.smoothing <= MOST_SMOOTHING:
+            raise ValueError(f"its smoothing is no number within 0..{MOST_SMOOTHING}")
         if type(spec.temperature) is not float or not LOWEST <= spec.temperature <= HIGHEST:
             raise ValueError(f"its temperature is no number within {LOWEST}..{HIGHEST}")
         return spec

@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from export.graph import to_onnx
-from fer_dist.calibrate import SPLIT_CODES, _lines, main
+from fer_dist.calibrate import SPLIT_CODES, _lines, _smoothing, main
 from fer_dist.engine.checkpoint import load, save, write_safetensors
 from fer_dist.engine.temperature import Fit
 from fer_dist.errors import EXIT_USER_ERROR
 from fer_dist.evaluate import main as evaluate
+from fer_dist.models.base import unsmoothed
 from fer_dist.serve.artifact import file_sha256, read_onnx_metadata
 from fer_dist.serve.runner import open_runner
 from tests.conftest import ROOT
@@ -79,7 +80,38 @@ def test_a_second_time_gives_the_same_in_all(folder: Path, tmp_path: Path, capsy
         capsys.readouterr()
         assert command(main, path, "--out", again) == 0
         assert load(again).spec.temperature == pytest.approx(wanted, rel=1e-4)
-        assert f"on top of {load(path).spec.temperature:.4f}: {wanted:.4f} in all" in capsys.readouterr().out
+        assert f"{wanted:.4f}, in place of {load(path).spec.temperature:.4f}" in capsys.readouterr().out
+
+
+def test_label_smoothing_is_taken_back(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Once, however often it is calibrated; in the exported graph as well; no answer changes."""
+    plain = load(saved(tmp_path, "patt_lite", "plain.pth", train__label_smoothing=0.2))
+    save(tmp_path / "plain.pth", replace(plain, weights=load(folder / "best.pth").weights))
+    for name, again in (("plain", "first"), ("first", "second")):
+        assert command(main, tmp_path / f"{name}.pth", "--out", tmp_path / f"{again}.pth") == 0
+        assert "label smoothing     0.2 in training, taken back" in capsys.readouterr().out
+    first, second = (load(tmp_path / f"{name}.pth") for name in ("first", "second"))
+    assert first.spec.smoothing == second.spec.smoothing == 0.2
+    assert first.provenance["calibration"]["smoothing"] == 0.2
+    assert second.spec.temperature == pytest.approx(first.spec.temperature, rel=1e-4)
+    (tmp_path / "first.onnx").write_bytes(
+        to_onnx(first.model(), file_sha256(tmp_path / "first.pth")).SerializeToString()
+    )
+    with open_runner(tmp_path / "first.onnx") as runner, torch.no_grad():
+        found, base = runner.run(pictures(9)).logits_NK, load(tmp_path / "plain.pth").model()(pictures(9))
+    assert found == pytest.approx(unsmoothed(base, 0.2) / first.spec.temperature, abs=1e-4)
+    assert torch.equal(found.argsort(1), base.argsort(1))
+    told = [report_of(tmp_path / f"{name}.pth", tmp_path / name) for name in ("plain", "first")]
+    assert told[0]["artifacts"][0]["confusion"] == told[1]["artifacts"][0]["confusion"]
+    assert [one["loss"] for one in told] == pytest.approx(
+        [first.provenance["calibration"][name] for name in ("nll_before", "nll_after")]
+    )
+
+
+@pytest.mark.parametrize("said", [None, "0.1", 1, True, -0.1, 0.95, float("nan")])
+def test_settings_of_a_stranger_smooth_nothing(said: Any) -> None:
+    assert _smoothing({"train": {"label_smoothing": said}}) == 0
+    assert _smoothing({"train": said}) == 0
 
 
 def test_it_goes_into_what_is_exported(folder: Path, tmp_path: Path) -> None:
@@ -142,11 +174,11 @@ def test_what_is_refused(folder: Path, tmp_path: Path, capsys: pytest.CaptureFix
 
 
 def test_a_calibration_error_that_grew_is_told() -> None:
-    """As of a model trained with label smoothing, whose likelihood gains while its bins move apart."""
+    """As of one whose likelihood gains while its bins move apart."""
     values = {"nll_before": 0.92, "nll_after": 0.91, "nll_cross_fitted": 0.91, "count": 3589, "seed": 0}
     found = Fit(temperature=0.93, ece_before=0.037, ece_cross_fitted=0.047, **values)  # type: ignore[arg-type]
-    assert "note: the calibration error grew" in _lines(found, 1.0, 0.93)[-1]
-    assert "note" not in "".join(_lines(replace(found, ece_cross_fitted=0.02), 1.0, 0.93))
+    assert "note: the calibration error grew" in _lines(found, 1.0, 0.0)[-1]
+    assert "note" not in "".join(_lines(replace(found, ece_cross_fitted=0.02), 1.0, 0.0))
 
 
 def test_help_is_fast() -> None:

@@ -11,7 +11,7 @@ from fer_dist.config import Config, load_config
 from fer_dist.options import RECIPES, recipes
 from fer_dist.spec import IMAGENET_MEAN, IMAGENET_STD, LabelSet
 
-NAMED = ("demo", "patt_lite", "patt_lite_plus", "vit", "vit_mae")
+NAMED = ("demo", "patt_lite", "patt_lite_best", "patt_lite_plus", "vit", "vit_mae")
 """Those to train with; `search` is what a search without arguments begins with."""
 
 
@@ -33,7 +33,7 @@ def values(config: Config, *names: str) -> list[Any]:
     return found
 
 
-def test_there_are_five_and_one_to_search_with() -> None:
+def test_there_are_six_and_one_to_search_with() -> None:
     assert recipes() == sorted((*NAMED, "search"))
 
 

@@ -46,13 +46,14 @@ class Fit:
     seed: int
 
 
-def fit(log_p_NK: Floats, labels_N: Labels, seed: int = 0) -> Fit:
+def fit(log_p_NK: Floats, labels_N: Labels, seed: int = 0, before_NK: Floats | None = None) -> Fit:
     """The temperature of all pictures, and by five-fold cross-fitting what one does for pictures it has not seen.
 
     Args:
         log_p_NK: float64, log-probabilities or logits.
         labels_N: int64, the true classes.
         seed: of the folds.
+        before_NK: the log-probabilities that `before` is about; None: the same ones.
 
     Raises:
         UserError: too few pictures; answers that are no numbers; no temperature within LOWEST..HIGHEST is best.
@@ -72,31 +73,18 @@ def fit(log_p_NK: Floats, labels_N: Labels, seed: int = 0) -> Fit:
             f"gets {right:.1%} right",
             "--data PATH with other pictures, or a model that has been trained longer",
         )
+    before_NK = log_p_NK if before_NK is None else before_NK
     crossed_NK = cross_fitted(log_p_NK, labels_N, seed)
     return Fit(
         temperature=temperature,
-        nll_before=nll(log_p_NK, labels_N),
+        nll_before=nll(before_NK, labels_N),
         nll_after=nll(log_p_NK / temperature, labels_N),
         nll_cross_fitted=nll(crossed_NK, labels_N),
-        ece_before=_ece(log_p_NK, labels_N),
+        ece_before=_ece(before_NK, labels_N),
         ece_cross_fitted=_ece(crossed_NK, labels_N),
         count=len(labels_N),
         seed=seed,
     )
-
-
-def require_bounds(temperature: float) -> float:
-    """The same temperature, where a spec can hold it.
-
-    Raises:
-        UserError: it cannot.
-    """
-    if not LOWEST <= temperature <= HIGHEST:
-        raise UserError(
-            f"the temperatures multiply to {temperature:.3g}, expected {LOWEST}..{HIGHEST:g}",
-            "calibrate the checkpoint of the training, which has none",
-        )
-    return temperature
 
 
 def best_temperature(log_p_NK: Floats, labels_N: Labels) -> float:

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from fer_dist.engine.calibration import calibration
-from fer_dist.engine.temperature import FOLDS, LEAST, best_temperature, cross_fitted, fit, folds, nll, require_bounds
+from fer_dist.engine.temperature import FOLDS, LEAST, best_temperature, cross_fitted, fit, folds, nll
 from fer_dist.errors import UserError
 
 
@@ -104,9 +104,3 @@ def test_what_has_no_temperature(logits_NK: np.ndarray, labels_N: np.ndarray, me
 def test_the_smallest_set_that_is_taken() -> None:
     logits_NK, labels_N = drawn(LEAST, 2.0, seed=1)
     assert 0.5 < fit(logits_NK, labels_N).temperature < 10
-
-
-def test_bounds() -> None:
-    assert require_bounds(2.0) == 2.0
-    with pytest.raises(UserError, match=r"multiply to 1e\+03, expected 0\.01\.\.100"):
-        require_bounds(1000.0)

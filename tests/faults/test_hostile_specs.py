@@ -49,6 +49,10 @@ FOREIGN = {
     "mean is not finite": put("spec", "input", "mean", value=[0.5, 0.5, float("nan")]),
     "deviation is zero": put("spec", "input", "std", value=[0.0, 1.0, 1.0]),
     "another field": put("spec", "input", "more", value=1),
+    "smoothing is text": put("spec", "smoothing", value="0.1"),
+    "smoothing is all": put("spec", "smoothing", value=1.0),
+    "smoothing is below zero": put("spec", "smoothing", value=-0.1),
+    "smoothing is no number": put("spec", "smoothing", value=float("nan")),
     "temperature is text": put("spec", "temperature", value="1.0"),
     "temperature is true": put("spec", "temperature", value=True),
     "temperature is zero": put("spec", "temperature", value=0.0),
@@ -114,9 +118,9 @@ def test_what_does_not_fit_is_not_built(kind: str, content: dict[str, Any], tmp_
     assert caught.value.fix
 
 
-def test_a_spec_of_before_has_no_temperature(content: dict[str, Any], tmp_path: Path) -> None:
+def test_a_spec_of_before_has_no_calibration(content: dict[str, Any], tmp_path: Path) -> None:
     changed = copy.deepcopy(content)
-    assert changed["spec"].pop("temperature") == 1.0
+    assert (changed["spec"].pop("temperature"), changed["spec"].pop("smoothing")) == (1.0, 0.0)
     write(changed, tmp_path / "x.pth")
     assert load(tmp_path / "x.pth").spec == tiny_model("patt_lite").spec
 

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from fer_dist.config import Config
 from fer_dist.errors import UserError
 from fer_dist.models import build, build_spec
-from fer_dist.models.base import Preprocess
+from fer_dist.models.base import Preprocess, unsmoothed
 from fer_dist.spec import IMAGENET_MEAN, IMAGENET_STD, InputSpec, LabelSet, ModelSpec
 from tests.models.tiny import ALL, TINY, make_lively, pictures, tiny_config, tiny_model
 
@@ -190,3 +190,35 @@ def test_smallest_and_larger_pictures(arch: str) -> None:
     with torch.no_grad():
         for size in (16, 48, 64):
             assert model(pictures(2, size)).shape == (2, 7)
+
+
+def smoothed(smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Probabilities q, and what a network trained with label smoothing says in their place, float64 `[N, 7]`."""
+    q_NK = torch.randn(500, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64).mul(3).softmax(1)
+    return q_NK, (1 - smoothing) * q_NK + smoothing / 7
+
+
+@pytest.mark.parametrize("smoothing", [0.01, 0.1, 0.5])
+def test_label_smoothing_is_undone(smoothing: float) -> None:
+    """Where probabilities were not next to nothing they are what they were; any constant may be on the logits."""
+    q_NK, p_NK = smoothed(smoothing)
+    found_NK = unsmoothed(p_NK.log() + 3.7, smoothing)
+    large_NK = q_NK > 0.06 * smoothing / 7 / (1 - smoothing)
+    assert large_NK.double().mean() > 0.5
+    assert torch.allclose(found_NK.exp()[large_NK], q_NK[large_NK], rtol=1e-9)
+    assert torch.allclose(found_NK.softmax(1), q_NK, atol=0.06 * smoothing)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_without_smoothing_the_order_stays_and_nothing_is_infinite(dtype: torch.dtype) -> None:
+    """Also of answers far below what smoothed labels allow, and of two classes that are equal."""
+    logits_NK = torch.randn(500, 7, generator=torch.Generator().manual_seed(1)).mul(4).to(dtype)
+    logits_NK[:, 3] = logits_NK[:, 5]
+    logits_NK[0] = torch.tensor([0, -5, -10, -20, -5, -20, 1], dtype=dtype)
+    found_NK = unsmoothed(logits_NK, 0.1)
+    assert found_NK.dtype == dtype
+    assert found_NK.isfinite().all()
+    assert torch.equal(found_NK[:, 3], found_NK[:, 5])
+    chosen_NK = found_NK.gather(1, logits_NK.argsort(1))
+    slack = 0 if dtype in (torch.float32, torch.float64) else 0.1
+    assert (chosen_NK.diff(dim=1) >= -slack).all()
