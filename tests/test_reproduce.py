@@ -51,7 +51,13 @@ class Stage:
             assert not (out / CHECKPOINT).exists(), "the command replaces nothing"
             best = load(self.run / "best.pth")
             entry: dict[str, Any] = dict.fromkeys(("nll_before", "nll_after", "nll_cross_fitted"), 0.9)
-            entry |= {"ece_before": 0.0372, "ece_cross_fitted": 0.0211, "temperature": 1.25, "count": 70}
+            entry |= {
+                "smoothing": 0.1,
+                "ece_before": 0.0372,
+                "ece_cross_fitted": 0.0211,
+                "temperature": 1.25,
+                "count": 70,
+            }
             entry["split"] = "val"
             save(out / CHECKPOINT, changed(best, provenance={"calibration": entry}))
         elif module == "export.onnx":
@@ -216,6 +222,7 @@ def test_the_card_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.Mon
         "**70.00%** (58.5 to 79.5)",
         "| angry | 70.00% | 70.00% | 70.00% | 10 |",
         "angry taken for disgust (3 of 10)",
+        "label smoothing of the training, 0.1, is taken back",
         "temperature of 1.2500",
         "3.72% before, 2.11% after",
         "| noise | 40.00% | 50.00% |",

@@ -119,7 +119,9 @@ def test_evaluate_without_it(none: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 def test_the_app_names_its_accuracy(small: Path) -> None:
     with open_runner(small) as runner:
-        assert str(measured(runner)).startswith("60.0% accuracy (58.4 to 61.6) on 3,589 pictures: validation part of")
+        assert str(measured(runner)).startswith(
+            "60.0% accuracy (95% interval 58.4 to 61.6%) on 3,589 pictures: validation part of"
+        )
 
 
 # -- the real one
