@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from fer_dist.app import closed_environment, main
+from fer_dist.serve import shipped
 from tests.conftest import ROOT
 
 
@@ -19,6 +20,7 @@ def command(monkeypatch: pytest.MonkeyPatch, *argv: object) -> int:
 
 
 def test_without_a_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(shipped, "ASSETS", tmp_path / "assets")
     monkeypatch.chdir(tmp_path)
     assert command(monkeypatch) == 2
     assert capsys.readouterr().err.endswith("there is no runs/*/best.pth\n  -> make demo, or --model FILE\n")

@@ -12,6 +12,7 @@ from PIL import Image
 
 from fer_dist.data.synthetic import draw_faces
 from fer_dist.predict import main
+from fer_dist.serve import shipped
 from fer_dist.serve.faces import DETAIL, MARGIN
 from fer_dist.serve.predictor import BATCH
 from fer_dist.spec import EXPRESSIONS
@@ -85,7 +86,8 @@ def test_a_folder(
 def test_a_model_by_itself(
     folder: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The newest run, opened before anything else; where there is none, what makes one."""
+    """Where none ships, the newest run, opened before anything else; without one, what makes one."""
+    monkeypatch.setattr(shipped, "ASSETS", tmp_path / "assets")
     monkeypatch.chdir(tmp_path)
     assert command(monkeypatch, folder) == 2
     printed = capsys.readouterr()
