@@ -378,6 +378,8 @@ PARTS: dict[str, float] = {
     "scale": 0.3,
     "crop": 0.3,
     "brightness": 0.2,
+    "blur": 4.0,
+    "noise": 60.0,
     "contrast": 0.5,
     "erase": 1.0,
     "mixup": 1.0,

@@ -110,7 +110,7 @@ class Search:
 
     def require_no_orphans(self) -> None:
         """Ray's agents look for their raylet every few seconds."""
-        deadline = time.monotonic() + 45
+        deadline = time.monotonic() + 120  # Ray's agents look for their parent now and then
         while left := self.processes():
             assert time.monotonic() < deadline, f"still there: {left}"
             time.sleep(0.25)
