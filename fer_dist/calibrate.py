@@ -7,7 +7,7 @@ from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from fer_dist.commandline import Parser, run
-from fer_dist.console import counting, natural, positive, say
+from fer_dist.console import SPLIT_CODES, counting, natural, positive, say
 from fer_dist.errors import UserError, printable
 
 if TYPE_CHECKING:  # heavy at run time: --help must answer at once
@@ -20,8 +20,6 @@ by, so that of answers given with 80% about 80% are right (Guo et al. 2017). Wri
 is exported from that has them inside. No answer changes, only how sure it is. Prints how far sureness and being right
 are apart before, and after on pictures that the temperature was not chosen on (five folds). A checkpoint that has a
 temperature gets a new one in its place."""
-SPLIT_CODES = {"val": 1, "test": 2}
-"""`fer_dist.data.faces` says the same, but with numpy."""
 
 
 def main() -> None:

@@ -8,6 +8,8 @@ from contextlib import contextmanager
 
 from fer_dist.errors import printable
 
+SPLIT_CODES = {"val": 1, "test": 2}
+"""Parts that can judge a model; `fer_dist.data.faces` says the same, but with numpy."""
 SECONDS_BETWEEN_LINES = 15.0
 """Where there is no terminal, long work says at most so often how far it is."""
 

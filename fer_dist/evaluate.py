@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fer_dist.commandline import Parser, run
-from fer_dist.console import counting, positive, say
+from fer_dist.console import SPLIT_CODES, counting, positive, say
 from fer_dist.errors import UserError, printable
 
 if TYPE_CHECKING:  # heavy at run time: --help must answer at once
@@ -20,8 +20,6 @@ Scores artifacts (.pth, .safetensors, .onnx, .engine) on the validation or test 
 95% interval, the same without pictures that have an exact copy in a part that trained or chose, macro-F1,
 precision and recall of each class, calibration; of several artifacts also whether they differ (McNemar's test).
 Runs under torchrun, too. With --out: report.json and report.html, one page with everything in it."""
-SPLIT_CODES = {"val": 1, "test": 2}
-"""`fer_dist.data.faces` says the same, but with numpy."""
 
 
 def main() -> None:

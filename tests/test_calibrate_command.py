@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from export.graph import to_onnx
-from fer_dist.calibrate import SPLIT_CODES, _lines, _smoothing, main
+from fer_dist.calibrate import _lines, _smoothing, main
 from fer_dist.engine.checkpoint import load, save, write_safetensors
 from fer_dist.engine.temperature import Fit
 from fer_dist.errors import EXIT_USER_ERROR
@@ -188,9 +188,3 @@ def test_help_is_fast() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.splitlines()[-1] == "heavy:"
-
-
-def test_codes_are_those_of_the_data() -> None:
-    from fer_dist.data.faces import SPLITS
-
-    assert all(SPLITS[code] == name for name, code in SPLIT_CODES.items())

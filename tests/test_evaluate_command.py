@@ -14,10 +14,11 @@ import torch
 from PIL import Image
 
 from export.answers import ask
+from fer_dist.console import SPLIT_CODES
 from fer_dist.engine.checkpoint import load, save, write_safetensors
 from fer_dist.engine.metrics import wilson
 from fer_dist.errors import EXIT_USER_ERROR
-from fer_dist.evaluate import SPLIT_CODES, main
+from fer_dist.evaluate import main
 from fer_dist.serve.artifact import file_sha256
 from fer_dist.serve.runner import open_runner
 from fer_dist.spec import EXPRESSIONS, InputSpec, LabelSet

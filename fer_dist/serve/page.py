@@ -52,44 +52,52 @@ _App = Callable[[_Scope, _Receive, _Send], Awaitable[None]]
 _Given = Photo | UserError | None
 
 
+class _Answers:
+    """What the page and its API ask, answered by one viewer."""
+
+    def __init__(self, viewer: Viewer) -> None:
+        self._viewer, self._labels = viewer, viewer.predictor.labels
+
+    def shown(self, given: _Given) -> str:
+        if given is None:
+            return pagehtml.NOTHING_YET
+        try:
+            photo = _photo(given)
+            return pagehtml.result(
+                self._viewer.shown(photo, self._viewer.predictor.photo(photo), heat=True), self._labels
+            )
+        except UserError as error:
+            return pagehtml.problem(error.problem)
+
+    def frame(self, given: _Given, stream: Stream | None) -> tuple[str, Stream]:
+        stream = stream or Stream(labels=self._labels)
+        if given is None:
+            return pagehtml.NO_CAMERA_YET, stream
+        try:
+            photo = _photo(given)
+            faces = stream.add(self._viewer.predictor.photo(photo), time.monotonic())
+            return pagehtml.result(self._viewer.shown(photo, faces, heat=True), self._labels, rate=stream.rate), stream
+        except UserError as error:
+            return pagehtml.problem(error.problem), stream
+
+    def predict(self, given: _Given) -> dict[str, Any]:
+        """The faces of a picture: label, probabilities, box [pixels] and confidence of each."""
+        try:
+            if given is None:
+                raise UserError("there is no picture")
+            photo = _photo(given)
+            return plain(self._viewer.predictor.photo(photo), photo, self._labels)
+        except UserError as error:
+            raise gr.Error(error.problem, print_exception=False) from None
+
+
 def build(viewer: Viewer, known: Measured | None) -> gr.Blocks:
     """The page, not yet served.
 
     Args:
         known: what is known of the model's accuracy.
     """
-    labels = viewer.predictor.labels
-
-    def shown(given: _Given) -> str:
-        if given is None:
-            return pagehtml.NOTHING_YET
-        try:
-            photo = _photo(given)
-            return pagehtml.result(viewer.shown(photo, viewer.predictor.photo(photo), heat=True), labels)
-        except UserError as error:
-            return pagehtml.problem(error.problem)
-
-    def frame(given: _Given, stream: Stream | None) -> tuple[str, Stream]:
-        stream = stream or Stream(labels=labels)
-        if given is None:
-            return pagehtml.NO_CAMERA_YET, stream
-        try:
-            photo = _photo(given)
-            faces = stream.add(viewer.predictor.photo(photo), time.monotonic())
-            return pagehtml.result(viewer.shown(photo, faces, heat=True), labels, rate=stream.rate), stream
-        except UserError as error:
-            return pagehtml.problem(error.problem), stream
-
-    def predict(given: _Given) -> dict[str, Any]:
-        """The faces of a picture: label, probabilities, box [pixels] and confidence of each."""
-        try:
-            if given is None:
-                raise UserError("there is no picture")
-            photo = _photo(given)
-            return plain(viewer.predictor.photo(photo), photo, labels)
-        except UserError as error:
-            raise gr.Error(error.problem, print_exception=False) from None
-
+    answers = _Answers(viewer)
     page: gr.Blocks = gr.Blocks(title="fer_dist", analytics_enabled=False, delete_cache=(60, KEPT_S))
     with page:
         gr.Markdown("# Which expression does a face show?")
@@ -117,10 +125,10 @@ def build(viewer: Viewer, known: Measured | None) -> gr.Blocks:
         stream = gr.State(None, time_to_live=CAMERA_S)
         answer, ask = gr.JSON(visible=False), gr.Button(visible=False)
         picture.change(
-            shown, picture, seen, api_visibility="private", concurrency_limit=cores(), show_progress="minimal"
+            answers.shown, picture, seen, api_visibility="private", concurrency_limit=cores(), show_progress="minimal"
         )
         camera.stream(
-            frame,
+            answers.frame,
             [camera, stream],
             [live, stream],
             api_visibility="private",
@@ -129,7 +137,7 @@ def build(viewer: Viewer, known: Measured | None) -> gr.Blocks:
             time_limit=CAMERA_S,
             show_progress="hidden",
         )
-        ask.click(predict, picture, answer, api_name="predict", concurrency_limit=cores())
+        ask.click(answers.predict, picture, answer, api_name="predict", concurrency_limit=cores())
     page.queue(max_size=MOST_WAITING, default_concurrency_limit=cores())
     return page
 
