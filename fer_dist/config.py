@@ -83,7 +83,9 @@ class ModelConfig(Section):
 
     arch: str = option("patt_lite", "architecture: vit, patt_lite, vit_mae or timm:<name>")
     pretrained: bool = option(True, "start from pretrained weights")
-    weights: str | None = option(None, "local file or folder with the pretrained weights; none: hub or cache")
+    weights: str | None = option(
+        None, "local file or folder with pretrained weights, or a checkpoint to fine-tune; none: hub or cache"
+    )
     image_size: int | None = option(
         None,
         "side that pictures are enlarged to inside the model; none: the backbone's [pixels]",

@@ -68,6 +68,7 @@ ORDER = (
     "fer_dist.engine.optim",
     "fer_dist.engine.form",
     "fer_dist.engine.checkpoint",
+    "fer_dist.engine.start",
     "fer_dist.engine.history",
     "fer_dist.engine.describe",
     "fer_dist.engine.plots",

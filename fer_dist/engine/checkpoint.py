@@ -181,6 +181,20 @@ def load(path: str | Path) -> Checkpoint:
         raise UserError(f"{foreign.problem}: {first_line(error)}", foreign.fix) from None
 
 
+def is_checkpoint(path: Path) -> bool:
+    """Whether a file says of itself that it is a checkpoint of fer_dist; `load` finds out whether it is true."""
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            if path.suffix == ".safetensors":
+                return b'"fer_dist":' in file.read(MOST_METADATA)
+            file.seek(-SEAL_BYTES, os.SEEK_END)
+            return file.read(len(SEAL)) == SEAL
+    except OSError:
+        return False
+
+
 def digest(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, types, shapes and bytes of tensors, sorted by name."""
     sha256 = hashlib.sha256()

@@ -26,11 +26,11 @@ from fer_dist.engine.rundir import Hold, open_run, provenance
 from fer_dist.engine.runlog import EpochRecord, RunLog
 from fer_dist.engine.same import data_digest, require_same_data, require_same_settings
 from fer_dist.engine.score import score
+from fer_dist.engine.start import starting_model
 from fer_dist.engine.state import TrainState, exact_kernels, prepare, restore
 from fer_dist.engine.step import settle, train_step
 from fer_dist.engine.watch import Watch, stop_signals
 from fer_dist.errors import UserError
-from fer_dist.models import build_model
 from fer_dist.spec import LabelSet
 from fer_dist.world import World, join
 
@@ -100,7 +100,9 @@ def begin(config: Config, world: World, held: ExitStack) -> tuple[Run, TrainStat
     data = data_digest(faces, train_M, val_M, drawn=config.data.path is None)
     require_same_data(data, world)
     torch.manual_seed(config.seed)
-    model = world.node_first(lambda: build_model(config.model, config.data.size, labels))
+    model, start = world.node_first(lambda: starting_model(config.model, config.data.size, labels))
+    if start:
+        log.say(start)
     feed = TrainFeed(config, faces, train_M, len(labels), world.device)
     if feed.steps == 0:
         raise UserError(

@@ -26,6 +26,7 @@ from fer_dist.engine.checkpoint import SEAL, SEAL_BYTES
 from fer_dist.engine.checkpoint import load as load_checkpoint
 from fer_dist.engine.describe import describe
 from fer_dist.engine.history import newest
+from fer_dist.engine.start import starting_model
 from fer_dist.errors import UserError
 from fer_dist.models import build_model
 from fer_dist.models.weights import read_state
@@ -57,6 +58,11 @@ def weights_of(arch: str, weights: Path, **options: Any) -> None:
     """`--model.weights` of a training."""
     config = tiny_config(arch, weights=str(weights), **options)
     build_model(config.model, 48, LabelSet())
+
+
+def started_from(path: Path) -> None:
+    """`--model.weights` of a training, where the file says that it is a checkpoint of ours."""
+    starting_model(tiny_config("patt_lite", weights=str(path)).model, 48, LabelSet())
 
 
 def vit_folder(path: Path, name: str) -> None:
@@ -133,6 +139,7 @@ PLACES: dict[str, Callable[[Path], object]] = {
     "sealed checkpoint": sealed_checkpoint,
     "resume": resumed,
     "fer_dist.checkpoint": described,
+    "model.weights, sealed": lambda path: sealed_for(path, lambda: started_from(path)),
     "export": lambda path: sealed_for(path, lambda: export(Wish(path=path))),
     "export.parity": lambda path: sealed_for(path, lambda: settings_of(path)),
     "fer_dist.evaluate": lambda path: sealed_for(path, lambda: judged(path)),

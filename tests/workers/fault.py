@@ -36,7 +36,7 @@ from torch import Tensor
 from fer_dist.commandline import run as run_command
 from fer_dist.engine import history, run, step, trainer
 from fer_dist.engine.checkpoint import Checkpoint, digest
-from fer_dist.models import build_model
+from fer_dist.engine.start import starting_model
 from fer_dist.world import World, join
 from tests.ranks import PATIENCE_S
 from tests.workers.runs import no_pictures, stateful
@@ -67,16 +67,16 @@ class Faulty:
         note(self._out / "fault.jsonl", {"where": where, "rank": self._rank, "time": time.time()})
         os.kill(os.getpid(), getattr(signal, self._fault["signal"]))
 
-    def build_model(self, *arguments: Any) -> Any:
+    def starting_model(self, *arguments: Any) -> Any:
         if self._rank == 0 and START == 0 and self._launcher_dies_s:
             os.kill(os.getppid(), signal.SIGKILL)
             time.sleep(self._launcher_dies_s)
-        model = build_model(*arguments)
+        model, line = starting_model(*arguments)
         if self._fault.get("weights"):
             with torch.no_grad():
                 for x in model.state_dict().values():
                     x += 1
-        return model
+        return model, line
 
     def train_step(self, config: Any, state: Any, batch: Any, world: World, *rest: Any) -> Any:
         pixels = [zlib.crc32(image.numpy().tobytes()) for image in batch.images_N1SS]
@@ -160,7 +160,7 @@ class Faulty:
         with ExitStack() as stack:
             for target, name, new in (
                 (trainer, "train_step", self.train_step),
-                (trainer, "build_model", self.build_model),
+                (trainer, "starting_model", self.starting_model),
                 (trainer, "evaluate", self.evaluate),
                 (trainer, "save_state", self.save_state),
                 (run, "save_state", self.save_state),
