@@ -33,7 +33,7 @@ reproduce: install  ## from FER2013's archive to the model that ships: make repr
 	@test -n "$(DATA)" || { echo "error: make reproduce needs the pictures of FER2013" >&2; \
 	  echo "  -> make reproduce DATA=archive.zip" >&2; exit 2; }
 	$(BIN)/python -m benchmarks.reproduce --data "$(DATA)" --recipe "$(RECIPE)" $(if $(WEIGHTS),--weights "$(WEIGHTS)") \
-	  $(if $(RUN),--run "$(RUN)") $(if $(wildcard docs/failures.md),--failures docs/failures.md) $(if $(INTO),--into "$(INTO)")
+	  $(foreach folder,$(RUN),--run "$(folder)") $(if $(wildcard docs/failures.md),--failures docs/failures.md) $(if $(INTO),--into "$(INTO)")
 
 test: install  ## run the tests
 	$(BIN)/python -m pytest $(PYTEST)

@@ -2,11 +2,13 @@
 
     python -m benchmarks.reproduce --data archive.zip --weights mobilenet_v2.pth
     python -m benchmarks.reproduce --data archive.zip --run runs/NAME            a model that is trained already
+    python -m benchmarks.reproduce --data archive.zip --recipe ONE,TWO           TWO starts from the best of ONE
     python -m benchmarks.reproduce --data archive.zip --into fer_dist/assets     and puts it into the package
 
-Trains a recipe, fits the temperature, exports to int8 (float16 where int8 loses more than 0.5 points), evaluates with
-and without mirror images, measures robustness, writes the model card. What is there already, and was made by the same
-command from the same files, is not made again: after a break the same line goes on, inside the training as well.
+Trains a recipe, or several that go on from each other, fits the temperature, exports to int8 (float16 where int8 loses
+more than 0.5 points), evaluates with and without mirror images, measures robustness, writes the model card. What is
+there already, and was made by the same command from the same files, is not made again: after a break the same line goes
+on, inside the training as well.
 """
 
 import argparse
@@ -40,12 +42,12 @@ class Work:
     Attributes:
         data: the archive; its name alone stands in what ships.
         folder: everything is made in it.
-        run: the run folder of the training.
+        runs: the run folders of the training, one for each recipe.
     """
 
     data: Path
     folder: Path
-    run: Path
+    runs: tuple[Path, ...]
 
 
 def main() -> None:
@@ -61,14 +63,14 @@ def _main() -> None:
         if path is not None and not path.is_file():
             raise UserError(f"{path} is no file", "name one that is there, or leave it out")
     (given.out / "ship").mkdir(parents=True, exist_ok=True)
-    trained = given.run or given.out / "runs" / given.recipe
-    work = Work(data=given.data, folder=given.out, run=trained)
+    runs = given.run or [given.out / "runs" / name for name in given.recipe]
+    work = Work(data=given.data, folder=given.out, runs=tuple(runs))
     if given.run is None:
         train(work, given)
-    best = trained / "best.pth"
-    if not best.is_file():
-        raise UserError(f"{best} is not there", "--run FOLDER with a run that has finished")
-    calibrate(work, best)
+    for run_folder in work.runs:
+        if not (run_folder / "best.pth").is_file():
+            raise UserError(f"{run_folder / 'best.pth'} is not there", "--run FOLDER with a run that has finished")
+    calibrate(work, work.runs[-1] / "best.pth")
     ship(work, export(work))
     measure(work)
     write(work.folder, given.failures)
@@ -81,8 +83,20 @@ def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", metavar="PATH", type=Path, required=True)
     parser.add_argument("--weights", metavar="FILE", type=Path, help="MobileNetV2 of torchvision; default: its cache")
-    parser.add_argument("--recipe", metavar="NAME", default="patt_lite_best")
-    parser.add_argument("--run", metavar="FOLDER", type=Path, help="a run that has finished, in place of a training")
+    parser.add_argument(
+        "--recipe",
+        metavar="NAME[,NAME]",
+        type=lambda text: text.split(","),
+        default=["patt_lite_best"],
+        help="each goes on from the best model of the one before",
+    )
+    parser.add_argument(
+        "--run",
+        metavar="FOLDER",
+        type=Path,
+        action="append",
+        help="a run that has finished, in place of a training; once for each that the last went on from, in order",
+    )
     parser.add_argument("--ranks", metavar="N", type=int, default=2, help="of the training; default: 2")
     parser.add_argument("--failures", metavar="FILE", type=Path, help="for the card: what mistakes look like")
     parser.add_argument("--out", metavar="DIR", type=Path, default=Path("reproduced"))
@@ -91,14 +105,17 @@ def _parse() -> argparse.Namespace:
 
 
 def train(work: Work, given: argparse.Namespace) -> None:
-    """The recipe, from its newest checkpoint; of a run that has finished, nothing."""
-    words = ["fer_dist.train", "--config", given.recipe, "--data", str(work.data)]
-    words += ["--model.weights", str(given.weights)] if given.weights else []
-    words += ["--run.dir", str(work.run.parent), "--run.name", work.run.name, "--run.resume", "auto"]
+    """Each recipe, from its newest checkpoint; of a run that has finished, nothing."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={given.ranks}"]
-    _once(
-        work, "train", [*launcher, "-m", *words], inputs=(), outputs=(work.run / "best.pth", work.run / "report.json")
-    )
+    weights: Path | None = given.weights
+    inputs: tuple[Path, ...] = ()
+    for recipe, folder in zip(given.recipe, work.runs, strict=True):
+        words = ["fer_dist.train", "--config", recipe, "--data", str(work.data)]
+        words += ["--model.weights", str(weights)] if weights else []
+        words += ["--run.dir", str(folder.parent), "--run.name", folder.name, "--run.resume", "auto"]
+        best = folder / "best.pth"
+        _once(work, f"train-{recipe}", [*launcher, "-m", *words], inputs=inputs, outputs=(best, folder / "report.json"))
+        weights, inputs = best, (best,)
 
 
 def calibrate(work: Work, best: Path) -> None:
@@ -176,8 +193,9 @@ def measure(work: Work) -> None:
     table, record = work.folder / "robustness.json", work.folder / "training.json"
     words = ["benchmarks.robustness", *artifacts, "--data", str(work.data), "--json", str(table)]
     _once(work, "robustness", _python(*words), inputs=inputs, outputs=(table,))
-    words = ["benchmarks.training_record", str(work.run), "--json", str(record)]
-    _once(work, "training-record", _python(*words), inputs=(work.run / "best.pth",), outputs=(record,))
+    words = ["benchmarks.training_record", *map(str, work.runs), "--json", str(record)]
+    bests = [folder / "best.pth" for folder in work.runs]
+    _once(work, "training-record", _python(*words), inputs=bests, outputs=(record,))
 
 
 def deliver(work: Work, into: Path) -> None:

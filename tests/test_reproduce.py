@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,9 @@ class Stage:
         self.run.mkdir(parents=True)
         checkpoint = load(saved(self.run, "patt_lite"))
         origin = {"device": "cpu, 2 cores, 1 threads per rank", "torch": "2", "commit": "c"}
-        save(self.run / "best.pth", changed(checkpoint, provenance=origin, record={"epoch": 2}))
+        save(
+            self.run / "best.pth", changed(checkpoint, provenance=origin, record={"epoch": 2, "val": {"accuracy": 0.7}})
+        )
         seconds = [{"epoch": e, "seconds": 1800.0} for e in (1, 2, 3)]
         (self.run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in seconds))
         starts = [{"epochs": 0, "world_size": 2}, {"epochs": 2, "world_size": 4}]
@@ -72,7 +75,7 @@ class Stage:
             plain = [{"corruption": n, "artifacts": {rest[0]: a, rest[1]: b}} for n, a, b in rows]
             (out / "robustness.json").write_text(json.dumps({"rows": plain}))
         elif module == "benchmarks.training_record":
-            (out / "training.json").write_text(json.dumps(training_record.record(self.run)))
+            (out / "training.json").write_text(json.dumps(training_record.record([self.run])))
         return subprocess.CompletedProcess(words, 0)
 
     def export(self, out: Path, *, int8: bool) -> None:
@@ -198,13 +201,47 @@ def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 def test_too_large_or_not_judged_on_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = stage(tmp_path, monkeypatch)
     assert made.go() == 0
-    work = Work(data=made.data, folder=tmp_path / "out", run=made.run)
+    work = Work(data=made.data, folder=tmp_path / "out", runs=(made.run,))
     path = tmp_path / "out" / INT8
     plain = json.loads(sidecar(path).read_text())
     for wrong in ({"bytes": 6_000_001}, {"parity": {**plain["parity"], "count": 69}}):
         sidecar(path).write_text(json.dumps(plain | wrong))
         with pytest.raises(UserError, match="at most 6,000,000"):
             reproduce.ship(work, path)
+
+
+def test_recipes_that_go_on_from_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second starts from the best model of the first; after a break, the second alone is trained on."""
+    made = stage(tmp_path, monkeypatch)
+    launched: list[list[str]] = []
+    broken = True
+
+    def call(words: list[str], check: bool) -> "subprocess.CompletedProcess[str]":
+        if "fer_dist.train" not in words:
+            return made(words, check=check)
+        launched.append(words)
+        folder = Path(words[words.index("--run.dir") + 1]) / words[words.index("--run.name") + 1]
+        if folder.name == "two" and broken:
+            return subprocess.CompletedProcess(words, 75)
+        shutil.copytree(made.run, folder, dirs_exist_ok=True)
+        (folder / "report.json").write_text("{}")
+        return subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(subprocess, "run", call)
+    weights = tmp_path / "mobilenet.pth"
+    weights.write_bytes(b"weights")
+    words = ["--data", made.data, "--out", tmp_path / "out", "--recipe", "one,two", "--weights", weights]
+    assert command(reproduce.main, *words) == EXIT_USER_ERROR
+    broken = False
+    assert command(reproduce.main, *words) == 0
+    runs = tmp_path / "out" / "runs"
+    asked = [(one[one.index("--config") + 1], one[one.index("--model.weights") + 1]) for one in launched]
+    first, second = ("one", str(weights)), ("two", str(runs / "one" / "best.pth"))
+    assert asked == [first, second, second]
+    assert all(one[-2:] == ["--run.resume", "auto"] for one in launched)
+    assert made.asked[-1] == "benchmarks.training_record"
+    asked_of = json.loads((tmp_path / "out" / "steps" / "training-record.json").read_text())["command"]
+    assert asked_of[2:4] == [str(runs / "one"), str(runs / "two")]
 
 
 # -- the card
@@ -228,7 +265,8 @@ def test_the_card_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.Mon
         "| noise | 40.00% | 50.00% |",
         'The worst of these is "noise"',
         "Hands before the mouth.",
-        "4.0 CPU-hours",  # two epochs of half an hour on two ranks, one on four
+        # Two epochs of half an hour on two ranks, one on four.
+        "3 epochs, the best one 2 (seed 0; 4 ranks, cpu, 2 cores, 1 threads per rank; torch 2); 4.0 CPU-hours",
         "PrivateTest was not used for anything",
         "2024/1689",
         "Article 5(1)(f)",
@@ -293,7 +331,19 @@ def test_multiply_adds_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert training_record.multiply_adds(checkpoint) == convolution + attention
 
 
+def test_two_stages(tmp_path: Path) -> None:
+    """Epochs and hours of both; each with its own settings, but without folders of this machine."""
+    made = Stage(tmp_path)
+    whole = training_record.record([made.run, made.run])
+    assert (whole["epochs"], whole["cpu_hours"]) == (6, 8.0)
+    assert [one["cpu_hours"] for one in whole["stages"]] == [4.0, 4.0]
+    assert (
+        whole["stages"][0]["config"]["model"]["image_size"] == load(made.run / "best.pth").config["model"]["image_size"]
+    )
+    assert "weights" not in whole["stages"][0]["config"]["model"]
+
+
 def test_no_run_folder(tmp_path: Path) -> None:
     saved(tmp_path, "patt_lite")
     with pytest.raises(UserError, match="is no run folder"):
-        training_record.record(tmp_path)
+        training_record.record([tmp_path])
