@@ -15,8 +15,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from fer_dist.engine.checkpoint import load, write_atomically
 from fer_dist.errors import UserError
-from fer_dist.serve.artifact import read_sidecar
-from fer_dist.serve.shipped import NAME
+from fer_dist.serve.artifact import file_sha256, read_sidecar
+from fer_dist.serve.shipped import NAME, WEIGHTS
 
 TEMPLATE = Path(__file__).with_name("model_card.md.jinja")
 CHECKPOINT, FLOAT = "best.calibrated.pth", "best.calibrated.onnx"
@@ -89,6 +89,9 @@ def gather(folder: Path, failures: str) -> dict[str, Any]:
             "bytes": about.bytes,
             "float_bytes": (folder / FLOAT).stat().st_size,
             "sha256": about.sha256,
+            "weights": WEIGHTS,
+            "weights_bytes": (folder / "ship" / WEIGHTS).stat().st_size,
+            "weights_sha256": file_sha256(folder / "ship" / WEIGHTS),
             "checkpoint_sha256": about.checkpoint_sha256,
             "built_with": about.built_with,
             "made": list(about.made),

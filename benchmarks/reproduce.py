@@ -17,21 +17,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from benchmarks.model_card import CHECKPOINT, FLOAT, write
 from fer_dist.commandline import run
 from fer_dist.console import say
-from fer_dist.engine.checkpoint import write_atomically
+from fer_dist.engine.checkpoint import load, write_atomically, write_safetensors
 from fer_dist.errors import EXIT_REJECTED, UserError
 from fer_dist.serve.artifact import file_sha256, read_sidecar, sidecar
-from fer_dist.serve.shipped import NAME
+from fer_dist.serve.shipped import NAME, WEIGHTS
 
 MOST_LOST = 0.005
 """How much accuracy int8 may lose."""
 MOST_BYTES = 6_000_000
+PATHS = (("data", "path"), ("data", "ferplus"), ("data", "cache_dir"), ("model", "weights"), ("run", "dir"))
+"""Settings of a run that name folders of a machine."""
 INT8, HALF = "best.calibrated.int8.cpu.onnx", "best.calibrated.fp16.onnx"
 
 
@@ -152,7 +154,7 @@ def _lost(path: Path, checkpoint: Path) -> float | None:
 
 
 def ship(work: Work, made: Path) -> None:
-    """A copy under its own name, with its JSON file, in which folders of this machine do not stand."""
+    """A copy under its own name, with its JSON file, and the weights; in none of them stand folders of this machine."""
     about = json.loads(sidecar(made).read_text(encoding="utf-8"))
     whole = about["parity"]
     if whole["count"] != whole["of"] or about["bytes"] > MOST_BYTES:
@@ -161,12 +163,16 @@ def ship(work: Work, made: Path) -> None:
             f"{whole['of']:,} pictures",
             "export it again without --limit, or train a smaller model",
         )
-    kept = about["data"].get("data", {}).get("path")
-    plain = json.dumps(_named(about, {str(work.data), str(kept)} - {"None"}), indent=1) + "\n"
+    checkpoint = load(work.folder / CHECKPOINT)
+    paths = {checkpoint.config[part].get(name) for part, name in PATHS} | {about["data"].get("data", {}).get("path")}
+    paths = {str(work.data), *filter(None, paths)}
+    plain = json.dumps(_named(about, paths), indent=1) + "\n"
     target = work.folder / "ship" / NAME
     write_atomically(target, lambda file: file.write(made.read_bytes()))
     write_atomically(sidecar(target), lambda file: file.write(plain.encode()))
     read_sidecar(target)
+    named = {part: _named(getattr(checkpoint, part), paths) for part in ("config", "provenance")}
+    write_safetensors(work.folder / "ship" / WEIGHTS, replace(checkpoint, **named), half=True)
 
 
 def _named(tree: Any, paths: set[str]) -> Any:
@@ -201,7 +207,7 @@ def measure(work: Work) -> None:
 def deliver(work: Work, into: Path) -> None:
     """Copy what ships, whole files only."""
     into.mkdir(parents=True, exist_ok=True)
-    for name in (NAME, f"{NAME}.json", "measured.json", "MODEL_CARD.md"):
+    for name in (NAME, f"{NAME}.json", WEIGHTS, "measured.json", "MODEL_CARD.md"):
         raw = (work.folder / "ship" / name).read_bytes()
         write_atomically(into / name, lambda file, raw=raw: file.write(raw))  # type: ignore[misc]
         say(f"wrote {into / name} ({len(raw):,} bytes)")

@@ -19,7 +19,7 @@ from fer_dist.engine.checkpoint import load, save
 from fer_dist.engine.metrics import Metrics
 from fer_dist.errors import EXIT_REJECTED, EXIT_USER_ERROR, UserError
 from fer_dist.serve.artifact import ExportedModel, file_sha256, sidecar, sidecar_json
-from fer_dist.serve.shipped import NAME
+from fer_dist.serve.shipped import NAME, WEIGHTS
 from fer_dist.spec import EXPRESSIONS
 from tests.export.rig import command, saved
 from tests.serve.artifacts import SPEC
@@ -36,7 +36,7 @@ class Stage:
         self.data.write_bytes(b"pictures")
         self.run = folder / "runs" / "mine"
         self.run.mkdir(parents=True)
-        checkpoint = load(saved(self.run, "patt_lite"))
+        checkpoint = load(saved(self.run, "patt_lite", data__path=str(self.data)))
         origin = {"device": "cpu, 2 cores, 1 threads per rank", "torch": "2", "commit": "c"}
         save(
             self.run / "best.pth", changed(checkpoint, provenance=origin, record={"epoch": 2, "val": {"accuracy": 0.7}})
@@ -96,7 +96,7 @@ class Stage:
             checkpoint_sha256=file_sha256(out / CHECKPOINT),
             parent=FLOAT,
             parent_sha256=file_sha256(out / FLOAT),
-            data={"seed": 0, "data": {"path": "/home/of/somebody/archive.zip"}},
+            data={"seed": 0, "data": {"path": "/home/of/hidden/archive.zip"}},
             parity=parity,
         )
         sidecar(path).write_bytes(sidecar_json(about))
@@ -137,10 +137,11 @@ def test_from_a_run_to_what_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert made.go("--into", tmp_path / "assets") == 0
     assert made.asked == ALL
     held = {path.name for path in (tmp_path / "assets").iterdir()}
-    assert held == {NAME, f"{NAME}.json", "measured.json", "MODEL_CARD.md"}
-    for path in (tmp_path / "assets").glob("*.[jM]*"):
-        assert "secret" not in path.read_text()
-        assert "somebody" not in path.read_text()
+    assert held == {NAME, f"{NAME}.json", WEIGHTS, "measured.json", "MODEL_CARD.md"}
+    for path in (tmp_path / "assets").iterdir():
+        assert b"secret" not in path.read_bytes()
+        assert b"hidden" not in path.read_bytes()
+    assert load(tmp_path / "assets" / WEIGHTS).config["data"]["path"] == "archive.zip"
     about = json.loads((tmp_path / "assets" / f"{NAME}.json").read_text())
     assert (about["precision"], about["data"]["data"]["path"]) == ("int8.cpu", "archive.zip")
     assert about["parity"]["data"] == "validation part of archive.zip"

@@ -125,16 +125,24 @@ def save(path: Path, checkpoint: Checkpoint) -> None:
     write_atomically(path, write)
 
 
-def write_safetensors(path: Path, checkpoint: Checkpoint) -> str:
+def write_safetensors(path: Path, checkpoint: Checkpoint, *, half: bool = False) -> str:
     """Write weights, spec, settings, metrics and provenance as safetensors, which hold no code; `load` reads it.
+
+    Args:
+        half: floating weights as float16, half the size; the model that they are read into has its own type.
 
     Returns:
         The SHA-256 of the file, to be told beside it.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written.
+        UserError: a weight is beyond float16's range; the disk is full or the folder cannot be written.
     """
-    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in checkpoint.weights.items()}
+    weights = {name: value.detach().cpu() for name, value in checkpoint.weights.items()}
+    if half:
+        weights = {name: value.half() if value.is_floating_point() else value for name, value in weights.items()}
+        if (spoilt := next(_spoilt(weights), None)) is not None:
+            raise UserError(f"{path.name} is not written: {spoilt} is beyond float16's range", "write it as float32")
+    tensors = {name: value.contiguous().clone() for name, value in weights.items()}
     about = {"format": FORMAT, "weights": digest(tensors), "spec": checkpoint.spec.to_dict()}
     about |= {name: getattr(checkpoint, name) for name in ("config", "record", "provenance")}
     raw = safetensors.torch.save(tensors, {"format": "pt", "fer_dist": json.dumps(about)})

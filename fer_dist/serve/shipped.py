@@ -8,6 +8,8 @@ from fer_dist.serve.predictor import newest_model
 ASSETS = Path(__file__).resolve().parents[1] / "assets"
 NAME = "patt_lite.onnx"
 """Beside it: `patt_lite.onnx.json` (`serve.artifact`), MODEL_CARD.md, and measured.json, of which the card is made."""
+WEIGHTS = "patt_lite.safetensors"
+"""The checkpoint it was exported from, in float16: a start for other trainings."""
 
 
 def shipped_model() -> Path | None:

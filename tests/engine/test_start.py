@@ -48,6 +48,31 @@ def test_it_starts_where_the_other_ended(arch: str, suffix: str, tmp_path: Path)
     assert line == f"goes on from the model of {path}: epoch 3, accuracy 62.50% then; its head is kept"
 
 
+@pytest.mark.parametrize("arch", TINY)
+def test_weights_of_half_size(arch: str, tmp_path: Path) -> None:
+    """Half the bytes; the model that they are read into has its own type, and nearly the same answers."""
+    made = checkpoint(arch)
+    write_safetensors(tmp_path / "whole.safetensors", made)
+    write_safetensors(tmp_path / "half.safetensors", made, half=True)
+    sizes = [(tmp_path / f"{name}.safetensors").stat().st_size for name in ("half", "whole")]
+    numbers = sum(value.numel() for value in made.weights.values() if value.is_floating_point())
+    assert sizes[1] - sizes[0] >= 2 * numbers - 1000
+    model, _ = starting_model(settings(tmp_path / "half.safetensors", arch), 48, LabelSet())
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    expected = replace(made, spec=replace(made.spec, smoothing=0.0, temperature=1.0)).model()
+    with torch.inference_mode():
+        assert torch.allclose(model.eval()(pictures(4)), expected(pictures(4)), atol=0.02)
+
+
+def test_beyond_half(tmp_path: Path) -> None:
+    made = checkpoint("patt_lite")
+    name = "network.features.0.1.running_var"
+    weights = {**made.weights, name: made.weights[name] + 1e5}
+    with pytest.raises(UserError, match=f"{name} is beyond float16's range"):
+        write_safetensors(tmp_path / "half.safetensors", replace(made, weights=weights), half=True)
+    assert not (tmp_path / "half.safetensors").exists()
+
+
 def test_sizes_of_the_network_are_the_checkpoint_s(tmp_path: Path) -> None:
     """They need not be typed again; the size inside may be another one where the network can have any."""
     save(tmp_path / "best.pth", checkpoint("patt_lite"))
