@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fer_dist.data.synthetic import draw_faces
+from fer_dist.engine.checkpoint import load
 from fer_dist.errors import EXIT_USER_ERROR, UserError
 from fer_dist.evaluate import main as evaluate
 from fer_dist.predict import main as predict
@@ -152,7 +153,7 @@ def test_the_shipped_file(real: Path) -> None:
         if path.suffix in (".json", ".md"):
             assert "/work" not in path.read_text(encoding="utf-8"), path
             assert "/tmp" not in path.read_text(encoding="utf-8"), path
-    assert {path.suffix for path in real.parent.iterdir()} <= {".onnx", ".json", ".md"}, "no pictures"
+    assert {path.suffix for path in real.parent.iterdir()} <= {".onnx", ".json", ".md", ".safetensors"}, "no pictures"
     with open_runner(real) as runner:
         assert runner.spec == about.spec
         known = measured(runner)
@@ -169,6 +170,21 @@ def test_the_shipped_file_answers(real: Path) -> None:
     assert found.probabilities_NK.sum(1) == pytest.approx(torch.ones(64), abs=1e-5)
     assert alone.probabilities_NK[0] == pytest.approx(found.probabilities_NK[0], abs=0.02)
     assert len(set(found.logits_NK.argmax(1).tolist())) >= 3
+
+
+def test_its_weights(real: Path) -> None:
+    """Those that it was exported from: small, from nobody's folders, and they answer as the file does."""
+    path = real.with_name(shipped.WEIGHTS)
+    assert path.stat().st_size <= MOST_BYTES
+    checkpoint = load(path)
+    assert checkpoint.config["data"]["path"] == "archive.zip"
+    assert "/" not in f"{checkpoint.config['model']['weights']}{checkpoint.config['run']['dir']}"
+    images_N1SS = torch.from_numpy(draw_faces(64, 0, 0, seed=1).images_NHW).unsqueeze(1)
+    with open_runner(real) as runner, torch.inference_mode():
+        assert checkpoint.spec == runner.spec
+        found_NK = runner.run(images_N1SS).logits_NK
+        expected_NK = checkpoint.model()(images_N1SS)
+    assert (found_NK.argmax(1) == expected_NK.argmax(1)).float().mean() >= 0.9
 
 
 def test_the_card_says_what_was_measured(real: Path) -> None:
