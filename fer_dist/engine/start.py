@@ -10,6 +10,7 @@ from fer_dist.errors import UserError
 from fer_dist.models import FaceModel, build, build_model
 from fer_dist.models.weights import load_strictly
 from fer_dist.spec import LabelSet, ModelSpec
+from fer_dist.tensors import first_line
 
 
 def starting_model(model: ModelConfig, size: int, labels: LabelSet) -> tuple[FaceModel, str]:
@@ -32,7 +33,16 @@ def starting_model(model: ModelConfig, size: int, labels: LabelSet) -> tuple[Fac
     if model.weights is None or not is_checkpoint(Path(model.weights)):
         return build_model(model, size, labels), ""
     checkpoint = load(model.weights)
-    face_model = build(_adapted(checkpoint.spec, model, size, labels))
+    spec = _adapted(checkpoint.spec, model, size, labels)
+    try:
+        face_model = build(spec)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a network makes of options that a stranger wrote
+        raise UserError(
+            f"model.weights: no {spec.arch} can be built as {model.weights} says: {first_line(error)}",
+            "use a checkpoint that fer_dist has written",
+        ) from None
     load_strictly(face_model, checkpoint.weights, model.weights)
     return face_model.freeze(model.freeze_depth), _line(model.weights, checkpoint)
 

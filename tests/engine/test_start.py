@@ -8,10 +8,12 @@ import pytest
 import torch
 
 from fer_dist.config import ModelConfig
+from fer_dist.engine import start
 from fer_dist.engine.checkpoint import Checkpoint, is_checkpoint, save, write_safetensors
 from fer_dist.engine.start import starting_model
 from fer_dist.errors import UserError
-from fer_dist.spec import LabelSet
+from fer_dist.models import FaceModel
+from fer_dist.spec import LabelSet, ModelSpec
 from tests.models.tiny import TINY, make_lively, pictures, tiny_config, tiny_model
 from tests.ranks import python
 from tests.test_train import TINY as DEMO
@@ -111,6 +113,18 @@ def test_positions_of_another_size_are_refused(tmp_path: Path) -> None:
     save(tmp_path / "best.pth", checkpoint("vit"))
     with pytest.raises(UserError, match=r"position_embeddings \[1, 17, 32\] instead of \[1, 5, 32\]"):
         starting_model(settings(tmp_path / "best.pth", "vit", image_size=32), 48, LabelSet())
+
+
+def test_a_network_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the options of a stranger pass our checks and a library trips over them, its error is told as ours."""
+
+    def trips(spec: ModelSpec) -> FaceModel:
+        raise ValueError("no such size\nin this library")
+
+    save(tmp_path / "best.pth", checkpoint("patt_lite"))
+    monkeypatch.setattr(start, "build", trips)
+    with pytest.raises(UserError, match=r"no patt_lite can be built as .*best\.pth says: no such size\n  -> "):
+        starting_model(settings(tmp_path / "best.pth"), 48, LabelSet())
 
 
 def test_what_is_damaged_is_refused(tmp_path: Path) -> None:
