@@ -3,6 +3,9 @@
 0 done, 1 a mistake of ours (with its traceback), and the four below.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
 EXIT_USER_ERROR = 2
 """A UserError: something to put right first."""
 EXIT_REJECTED = 3
@@ -33,6 +36,25 @@ class UserError(Exception):
 
     def __str__(self) -> str:
         return f"{self.problem}\n  -> {self.fix}" if self.fix else self.problem
+
+
+@contextmanager
+def told_as_ours(problem: str, fix: str, tell: Callable[[Exception], str] = str) -> Iterator[None]:
+    """Around what a library makes of a stranger's values: whatever it raises becomes a UserError.
+
+    Args:
+        problem: what could not be done; the library's own words follow.
+        tell: how these are taken from its error.
+
+    Raises:
+        UserError: the library raised anything; one of ours stays as it is.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{problem}: {tell(error)}", fix) from None
 
 
 class Stopped(Exception):

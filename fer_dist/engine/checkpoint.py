@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fer_dist.engine.form import require_form
-from fer_dist.errors import UserError
+from fer_dist.errors import UserError, told_as_ours
 from fer_dist.models import build
 from fer_dist.models.base import FaceModel
 from fer_dist.spec import ModelSpec
@@ -57,16 +57,10 @@ class Checkpoint:
         Raises:
             UserError: the weights are not those of the architecture.
         """
-        try:
+        problem = f"the checkpoint's weights do not fit its own architecture {self.spec.arch!r}"
+        with told_as_ours(problem, "use a checkpoint that fer_dist has written"):
             model = build(self.spec)
             model.load_state_dict(self.weights)
-        except UserError:
-            raise
-        except Exception as error:  # whatever a network makes of options that a stranger wrote
-            raise UserError(
-                f"the checkpoint's weights do not fit its own architecture {self.spec.arch!r}: {error}",
-                "use a checkpoint that fer_dist has written",
-            ) from None
         return model.eval()
 
 

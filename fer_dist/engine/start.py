@@ -1,19 +1,20 @@
 """What a training starts from: a network with pretrained weights, or a model that was trained here before."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from fer_dist.config import ModelConfig
 from fer_dist.engine.checkpoint import Checkpoint, is_checkpoint, load
-from fer_dist.errors import UserError
+from fer_dist.errors import UserError, told_as_ours
 from fer_dist.models import FaceModel, build, build_model
 from fer_dist.models.weights import load_strictly
 from fer_dist.spec import LabelSet, ModelSpec
 from fer_dist.tensors import first_line
 
 
-def starting_model(model: ModelConfig, size: int, labels: LabelSet) -> tuple[FaceModel, str]:
+def starting_model(model: ModelConfig, size: int, labels: LabelSet, say: Callable[[str], object]) -> FaceModel:
     """The model before the first step.
 
     Where `model.weights` is a checkpoint of fer_dist, the network is the checkpoint's and starts with all its weights,
@@ -23,28 +24,24 @@ def starting_model(model: ModelConfig, size: int, labels: LabelSet) -> tuple[Fac
         model: the settings.
         size: side of the stored pictures.
         labels: the classes in the order of the logits.
+        say: is told from which checkpoint the training goes on, if it does.
 
     Returns:
-        The model, frozen to depth, and a line about the checkpoint; empty where there is none.
+        The model, frozen to depth.
 
     Raises:
         UserError: as `build_model`; the checkpoint is damaged, or the settings ask for another network or other labels.
     """
     if model.weights is None or not is_checkpoint(Path(model.weights)):
-        return build_model(model, size, labels), ""
+        return build_model(model, size, labels)
     checkpoint = load(model.weights)
     spec = _adapted(checkpoint.spec, model, size, labels)
-    try:
+    problem = f"model.weights: no {spec.arch} can be built as {model.weights} says"
+    with told_as_ours(problem, "use a checkpoint that fer_dist has written", first_line):
         face_model = build(spec)
-    except UserError:
-        raise
-    except Exception as error:  # whatever a network makes of options that a stranger wrote
-        raise UserError(
-            f"model.weights: no {spec.arch} can be built as {model.weights} says: {first_line(error)}",
-            "use a checkpoint that fer_dist has written",
-        ) from None
     load_strictly(face_model, checkpoint.weights, model.weights)
-    return face_model.freeze(model.freeze_depth), _line(model.weights, checkpoint)
+    say(_line(model.weights, checkpoint))
+    return face_model.freeze(model.freeze_depth)
 
 
 def _adapted(spec: ModelSpec, model: ModelConfig, size: int, labels: LabelSet) -> ModelSpec:

@@ -100,9 +100,7 @@ def begin(config: Config, world: World, held: ExitStack) -> tuple[Run, TrainStat
     data = data_digest(faces, train_M, val_M, drawn=config.data.path is None)
     require_same_data(data, world)
     torch.manual_seed(config.seed)
-    model, start = world.node_first(lambda: starting_model(config.model, config.data.size, labels))
-    if start:
-        log.say(start)
+    model = world.node_first(lambda: starting_model(config.model, config.data.size, labels, log.say))
     feed = TrainFeed(config, faces, train_M, len(labels), world.device)
     if feed.steps == 0:
         raise UserError(

@@ -41,13 +41,14 @@ def test_it_starts_where_the_other_ended(arch: str, suffix: str, tmp_path: Path)
     made = checkpoint(arch)
     (save if suffix == ".pth" else write_safetensors)(path, made)
     torch.manual_seed(9)
-    model, line = starting_model(settings(path, arch, dropout=0.5, freeze_depth=1), 48, LabelSet())
+    lines: list[str] = []
+    model = starting_model(settings(path, arch, dropout=0.5, freeze_depth=1), 48, LabelSet(), lines.append)
     expected = replace(made, spec=replace(made.spec, smoothing=0.0, temperature=1.0)).model()
     with torch.inference_mode():
         assert torch.equal(model.eval()(pictures(4)), expected(pictures(4)))
     assert model.spec == replace(expected.spec, options={**expected.spec.options, "dropout": 0.5})
     assert not any(dict(model.named_parameters())[name].requires_grad for name in model.stages[1])
-    assert line == f"goes on from the model of {path}: epoch 3, accuracy 62.50% then; its head is kept"
+    assert lines == [f"goes on from the model of {path}: epoch 3, accuracy 62.50% then; its head is kept"]
 
 
 @pytest.mark.parametrize("arch", TINY)
@@ -59,7 +60,7 @@ def test_weights_of_half_size(arch: str, tmp_path: Path) -> None:
     sizes = [(tmp_path / f"{name}.safetensors").stat().st_size for name in ("half", "whole")]
     numbers = sum(value.numel() for value in made.weights.values() if value.is_floating_point())
     assert sizes[1] - sizes[0] >= 2 * numbers - 1000
-    model, _ = starting_model(settings(tmp_path / "half.safetensors", arch), 48, LabelSet())
+    model = starting_model(settings(tmp_path / "half.safetensors", arch), 48, LabelSet(), print)
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     expected = replace(made, spec=replace(made.spec, smoothing=0.0, temperature=1.0)).model()
     with torch.inference_mode():
@@ -78,7 +79,7 @@ def test_beyond_half(tmp_path: Path) -> None:
 def test_sizes_of_the_network_are_the_checkpoint_s(tmp_path: Path) -> None:
     """They need not be typed again; the size inside may be another one where the network can have any."""
     save(tmp_path / "best.pth", checkpoint("patt_lite"))
-    model, _ = starting_model(ModelConfig(weights=str(tmp_path / "best.pth"), image_size=64), 48, LabelSet())
+    model = starting_model(ModelConfig(weights=str(tmp_path / "best.pth"), image_size=64), 48, LabelSet(), print)
     assert (model.spec.options["width_mult"], model.spec.options["channels"]) == (0.25, 32)
     assert model.spec.input.image_size == 64
 
@@ -95,7 +96,7 @@ def test_sizes_of_the_network_are_the_checkpoint_s(tmp_path: Path) -> None:
 def test_another_network_is_refused(asked: dict[str, Any], message: str, fix: str, tmp_path: Path) -> None:
     save(tmp_path / "best.pth", checkpoint("patt_lite"))
     with pytest.raises(UserError) as caught:
-        starting_model(ModelConfig(weights=str(tmp_path / "best.pth"), **asked), 48, LabelSet())
+        starting_model(ModelConfig(weights=str(tmp_path / "best.pth"), **asked), 48, LabelSet(), print)
     assert message in caught.value.problem
     assert caught.value.fix == fix
 
@@ -105,14 +106,14 @@ def test_other_labels_are_refused(tmp_path: Path) -> None:
     names = LabelSet().names
     save(tmp_path / "best.pth", checkpoint("patt_lite", labels=LabelSet(names=names[::-1])))
     with pytest.raises(UserError, match=r"knows the labels neutral, surprise.* expected angry"):
-        starting_model(settings(tmp_path / "best.pth"), 48, LabelSet())
+        starting_model(settings(tmp_path / "best.pth"), 48, LabelSet(), print)
 
 
 def test_positions_of_another_size_are_refused(tmp_path: Path) -> None:
     """A ViT has one embedding for each place: a picture of another size has no weights."""
     save(tmp_path / "best.pth", checkpoint("vit"))
     with pytest.raises(UserError, match=r"position_embeddings \[1, 17, 32\] instead of \[1, 5, 32\]"):
-        starting_model(settings(tmp_path / "best.pth", "vit", image_size=32), 48, LabelSet())
+        starting_model(settings(tmp_path / "best.pth", "vit", image_size=32), 48, LabelSet(), print)
 
 
 def test_a_network_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +125,7 @@ def test_a_network_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     save(tmp_path / "best.pth", checkpoint("patt_lite"))
     monkeypatch.setattr(start, "build", trips)
     with pytest.raises(UserError, match=r"no patt_lite can be built as .*best\.pth says: no such size\n  -> "):
-        starting_model(settings(tmp_path / "best.pth"), 48, LabelSet())
+        starting_model(settings(tmp_path / "best.pth"), 48, LabelSet(), print)
 
 
 def test_what_is_damaged_is_refused(tmp_path: Path) -> None:
@@ -134,7 +135,7 @@ def test_what_is_damaged_is_refused(tmp_path: Path) -> None:
     raw[len(raw) // 2] ^= 1
     path.write_bytes(raw)
     with pytest.raises(UserError, match="its checksum differs"):
-        starting_model(settings(path), 48, LabelSet())
+        starting_model(settings(path), 48, LabelSet(), print)
 
 
 def test_what_is_no_checkpoint(tmp_path: Path) -> None:

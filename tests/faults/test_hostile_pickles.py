@@ -62,7 +62,7 @@ def weights_of(arch: str, weights: Path, **options: Any) -> None:
 
 def started_from(path: Path) -> None:
     """`--model.weights` of a training, where the file says that it is a checkpoint of ours."""
-    starting_model(tiny_config("patt_lite", weights=str(path)).model, 48, LabelSet())
+    starting_model(tiny_config("patt_lite", weights=str(path)).model, 48, LabelSet(), print)
 
 
 def vit_folder(path: Path, name: str) -> None:

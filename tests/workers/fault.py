@@ -71,12 +71,12 @@ class Faulty:
         if self._rank == 0 and START == 0 and self._launcher_dies_s:
             os.kill(os.getppid(), signal.SIGKILL)
             time.sleep(self._launcher_dies_s)
-        model, line = starting_model(*arguments)
+        model = starting_model(*arguments)
         if self._fault.get("weights"):
             with torch.no_grad():
                 for x in model.state_dict().values():
                     x += 1
-        return model, line
+        return model
 
     def train_step(self, config: Any, state: Any, batch: Any, world: World, *rest: Any) -> Any:
         pixels = [zlib.crc32(image.numpy().tobytes()) for image in batch.images_N1SS]
