@@ -7,7 +7,7 @@ from typing import Any
 
 from fer_dist.config import ModelConfig
 from fer_dist.engine.checkpoint import Checkpoint, is_checkpoint, load
-from fer_dist.errors import UserError, told_as_ours
+from fer_dist.errors import UserError, printable, told_as_ours
 from fer_dist.models import FaceModel, build, build_model
 from fer_dist.models.weights import load_strictly
 from fer_dist.spec import LabelSet, ModelSpec
@@ -50,13 +50,14 @@ def _adapted(spec: ModelSpec, model: ModelConfig, size: int, labels: LabelSet) -
     asked |= {f"model.options.{name}": (value, spec.options.get(name)) for name, value in model.options.items()}
     for name, (value, theirs) in asked.items():
         if value != theirs:
+            said = printable(str(theirs))  # by whoever wrote the file
             raise UserError(
-                f"model.weights: {model.weights} is a checkpoint with {name} {theirs}, not {value}",
-                f"--{name} {theirs}" if theirs is not None else f"leave {name} out",
+                f"model.weights: {model.weights} is a checkpoint with {name} {said}, not {value}",
+                f"--{name} {said}" if theirs is not None else f"leave {name} out",
             )
     if spec.labels != labels:
         raise UserError(
-            f"model.weights: {model.weights} knows the labels {', '.join(spec.labels.names)}; "
+            f"model.weights: {model.weights} knows the labels {printable(', '.join(spec.labels.names))}; "
             f"expected {', '.join(labels.names)}, in this order",
             "a checkpoint with these labels, or pretrained weights of the backbone alone",
         )

@@ -22,7 +22,7 @@ from tests.test_train import TRAIN
 RECORD = {"epoch": 3, "val": {"accuracy": 0.625}}
 
 
-def checkpoint(arch: str, **changes: Any) -> Checkpoint:
+def checkpoint(arch: str, /, **changes: Any) -> Checkpoint:
     """A lively network, calibrated, as after a training."""
     model = make_lively(tiny_model(arch))
     spec = replace(model.spec, smoothing=0.1, temperature=2.0, **changes)
@@ -107,6 +107,14 @@ def test_other_labels_are_refused(tmp_path: Path) -> None:
     save(tmp_path / "best.pth", checkpoint("patt_lite", labels=LabelSet(names=names[::-1])))
     with pytest.raises(UserError, match=r"knows the labels neutral, surprise.* expected angry"):
         starting_model(settings(tmp_path / "best.pth"), 48, LabelSet(), print)
+
+
+@pytest.mark.parametrize("changes", [{"labels": LabelSet(names=("\x1b[2Ja",))}, {"arch": "\x1b[2Jvit"}])
+def test_a_stranger_s_words_do_not_reach_the_terminal(changes: dict[str, Any], tmp_path: Path) -> None:
+    save(tmp_path / "best.pth", checkpoint("patt_lite", **changes))
+    with pytest.raises(UserError, match=r"\?\[2J") as caught:
+        starting_model(settings(tmp_path / "best.pth"), 48, LabelSet(), print)
+    assert "\x1b" not in str(caught.value)
 
 
 def test_positions_of_another_size_are_refused(tmp_path: Path) -> None:
