@@ -3,11 +3,13 @@
 #   PYTHON=python3.12    the interpreter to make .venv with (3.11 or 3.12)
 #   CONSTRAINTS=FILE     versions for pip; CONSTRAINTS= takes the newest
 #   PYTEST="-m slow"     arguments for pytest, with `make test`
+#   JOBS=2               files of tests run side by side, with `make test`; each takes 2 GB of memory
 #   DATA=archive.zip     FER2013, with `make reproduce`; WEIGHTS=FILE, RECIPE=NAME, RUN=FOLDER, INTO=FOLDER as well
 
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 PYTEST ?=
+JOBS ?= 2
 RECIPE ?= patt_lite_best
 
 VENV := .venv
@@ -36,7 +38,7 @@ reproduce: install  ## from FER2013's archive to the model that ships: make repr
 	  $(foreach folder,$(RUN),--run "$(folder)") $(if $(wildcard docs/failures.md),--failures docs/failures.md) $(if $(INTO),--into "$(INTO)")
 
 test: install  ## run the tests
-	$(BIN)/python -m pytest $(PYTEST)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST)
 
 check: install  ## format, lint, types, shell scripts, and the order of imports
 	$(BIN)/ruff format --check .

@@ -74,6 +74,18 @@ def _present(path: Path, hint: str) -> Path:
     return path
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """With several processes (`-n 2 --dist loadgroup`, as `make test`): each file is one's alone, and so is SLURM.
+
+    A file's fixtures are then made once, and of the clusters there is one at a time.
+    """
+    if config.getoption("dist", "no") != "loadgroup":
+        return
+    for item in items:
+        path = item.path.relative_to(ROOT / "tests")
+        item.add_marker(pytest.mark.xdist_group("slurm" if path.parts[0] == "slurm" else str(path)))
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip tests marked `gpu` where there is none; torch is imported only if there are such tests."""
     if item.get_closest_marker("gpu") is not None:

@@ -61,7 +61,10 @@ def starts(trial: Trial) -> int:
     return len((trial.folder / "starts.jsonl").read_text().splitlines())
 
 
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "how",
+    [signal.SIGKILL, *(pytest.param(how, marks=pytest.mark.slow) for how in (signal.SIGINT, signal.SIGTERM))],
+)
 def test_the_search_itself_is_ended(how: int, start: Any, tmp_path: Path, unbroken: list[Any]) -> None:
     """--resume goes on: the same trials with the same values and, bit for bit, the same results."""
     search = start(*FOUR, *LONG)

@@ -15,6 +15,7 @@ from fer_dist.data.faces import VAL, Faces
 from fer_dist.engine import plots
 from fer_dist.engine.checkpoint import digest, load
 from fer_dist.engine.metrics import Metrics
+from fer_dist.engine.optim import Schedule
 from fer_dist.errors import UserError
 from tests.models.tiny import ALL
 
@@ -91,6 +92,14 @@ def stateful(arch: str, folder: Path, **values: Any) -> Config:
         "run__resume": "auto",
     }
     return tiny(arch, folder, **{**settings, **values})
+
+
+@contextmanager
+def no_gain() -> Iterator[None]:
+    """No epoch counts as a gain for plateau: whether a tiny network's score rises differs by processor."""
+    epoch_end = Schedule.epoch_end
+    with mock.patch.object(Schedule, "epoch_end", lambda schedule, gained: epoch_end(schedule, gained=False)):
+        yield
 
 
 def numbered_faces(count: int) -> Faces:
