@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 WORKERS = ROOT / "tests" / "workers"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
-PATIENCE_S = float(os.environ.get("TEST_PATIENCE_S", "240"))
+PATIENCE_S = float(os.environ.get("TEST_PATIENCE_S", "600"))
 """How long a launch may take, start-up on two busy cores included; $TEST_PATIENCE_S for busier ones."""
 
 

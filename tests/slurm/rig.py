@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 
 NEEDED = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "munged")
 FREEZER = Path("/sys/fs/cgroup/freezer")
-LIMIT_S = float(os.environ.get("TEST_PATIENCE_S", "300"))
+LIMIT_S = float(os.environ.get("TEST_PATIENCE_S", "600"))
 """How long one thing that a test waits for may take."""
 NAMESPACES = ("unshare", "--mount", "--net", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
 TRAINING = (

@@ -25,7 +25,7 @@ optim.weight_decay: {uniform: [0.0, 0.1]}
 data.augment.mixup: [0.0, 0.2]
 model.options.cut: [8, 10]
 """
-LIMIT_S = 240.0
+LIMIT_S = float(os.environ.get("TEST_PATIENCE_S", "600"))
 
 
 class Search:

@@ -139,6 +139,7 @@ def test_a_trial_that_dies_each_time_is_given_up(start: Any, tmp_path: Path) -> 
 TOGETHER = ("--workers-per-trial", "2", "--cpus", "4")
 
 
+@pytest.mark.slow
 def test_a_rank_and_a_leader_die(start: Any, tmp_path: Path) -> None:
     """Two trials of two ranks at once; one loses a rank, the other its leader; both end as if nothing had been."""
     search = start(*FOUR[2:], *LONG, "--trials", "2", *TOGETHER)
@@ -193,6 +194,7 @@ def test_one_rank_of_a_trial_fails(start: Any, tmp_path: Path) -> None:
     assert found[0.02].status == "finished", search.printed
 
 
+@pytest.mark.slow
 def test_a_trial_of_two_ranks_is_stopped_by_the_scheduler(start: Any, tmp_path: Path) -> None:
     """It frees its place: the next trials need it."""
     (tmp_path / "space.yaml").write_text("optim.lr: [1.0e-8, 3.0e-3, 1.0e-7, 1.0e-6]\n")
