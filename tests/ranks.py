@@ -17,7 +17,7 @@ ROOT = Path(__file__).resolve().parents[1]
 WORKERS = ROOT / "tests" / "workers"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 PATIENCE_S = float(os.environ.get("TEST_PATIENCE_S", "600"))
-"""How long a launch may take, start-up on two busy cores included; $TEST_PATIENCE_S for busier ones."""
+"""How long a launch, a search or a job may take, start-up on busy cores included; $TEST_PATIENCE_S for busier ones."""
 
 
 @dataclass(frozen=True, kw_only=True)

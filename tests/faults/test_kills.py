@@ -8,7 +8,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -64,30 +64,25 @@ MOMENTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one of four in a step": (4, {"rank": 3, "step": 13, "after_s": 0.02}),
     "rank 0 of four after the rename": (4, {"rank": 0, "save": 8, "event": 121}),
 }
+LONG = ("rank 0 in a step of the last epoch", "one of four in a step")
+SLOW = pytest.mark.slow
 
 
-def ordinary_and_slow(values: Iterable[Any], slow: Collection[Any]) -> list[Any]:
-    """The values as parameters, some of which are left to `pytest -m slow`."""
-    return [pytest.param(value, marks=pytest.mark.slow) if value in slow else value for value in values]
-
-
-@pytest.mark.parametrize(
-    "moment", ordinary_and_slow(MOMENTS, ("rank 0 in a step of the last epoch", "one of four in a step"))
-)
+@pytest.mark.parametrize("moment", [pytest.param(name, marks=SLOW if name in LONG else ()) for name in MOMENTS])
 def test_a_killed_run_ends_like_the_unbroken_one(moment: str, whole: Whole, tmp_path: Path) -> None:
     ranks, fault = MOMENTS[moment]
     broken = launch(tmp_path, ranks, {"signal": "SIGKILL", **fault}, slow_s=SLOW_S)
     require_survived(broken, whole(ranks, "patt_lite"))
 
 
-@pytest.mark.parametrize("arch", ordinary_and_slow(("vit", "vit_mae"), ("vit_mae",)))
+@pytest.mark.parametrize("arch", ["vit", pytest.param("vit_mae", marks=SLOW)])
 def test_each_architecture_on_four_ranks(arch: str, whole: Whole, tmp_path: Path) -> None:
     """DDP's groups of gradients: with two ranks any order of adding gives the same bits, with four it does not."""
     broken = launch(tmp_path, 4, {"signal": "SIGKILL", "rank": 2, "step": 10, "after_s": 0.01}, arch=arch)
     require_survived(broken, whole(4, arch))
 
 
-@pytest.mark.parametrize("node", ordinary_and_slow((0, 1), (1,)))
+@pytest.mark.parametrize("node", [0, pytest.param(1, marks=SLOW)])
 def test_a_rank_of_another_node_is_killed(node: int, whole: Whole, tmp_path: Path) -> None:
     """Two torchruns, as on two nodes, and no name for the run: the one that has lost no rank counts no restart."""
     fault = {"rank": node, "signal": "SIGKILL", "step": 10, "after_s": 0.01}

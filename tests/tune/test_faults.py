@@ -17,6 +17,7 @@ from tune.settings import read
 
 FOUR = ("--trials", "4", "--searcher", "random", "--scheduler", "none", "--name", "one", "--cpus", "2")
 LONG = ("--data.embedded_train", "700", "--train.epochs", "4")
+SLOW = pytest.mark.slow
 
 
 @pytest.fixture
@@ -62,8 +63,7 @@ def starts(trial: Trial) -> int:
 
 
 @pytest.mark.parametrize(
-    "how",
-    [signal.SIGKILL, *(pytest.param(how, marks=pytest.mark.slow) for how in (signal.SIGINT, signal.SIGTERM))],
+    "how", [signal.SIGKILL, pytest.param(signal.SIGINT, marks=SLOW), pytest.param(signal.SIGTERM, marks=SLOW)]
 )
 def test_the_search_itself_is_ended(how: int, start: Any, tmp_path: Path, unbroken: list[Any]) -> None:
     """--resume goes on: the same trials with the same values and, bit for bit, the same results."""
@@ -139,7 +139,7 @@ def test_a_trial_that_dies_each_time_is_given_up(start: Any, tmp_path: Path) -> 
 TOGETHER = ("--workers-per-trial", "2", "--cpus", "4")
 
 
-@pytest.mark.slow
+@SLOW
 def test_a_rank_and_a_leader_die(start: Any, tmp_path: Path) -> None:
     """Two trials of two ranks at once; one loses a rank, the other its leader; both end as if nothing had been."""
     search = start(*FOUR[2:], *LONG, "--trials", "2", *TOGETHER)
@@ -194,7 +194,7 @@ def test_one_rank_of_a_trial_fails(start: Any, tmp_path: Path) -> None:
     assert found[0.02].status == "finished", search.printed
 
 
-@pytest.mark.slow
+@SLOW
 def test_a_trial_of_two_ranks_is_stopped_by_the_scheduler(start: Any, tmp_path: Path) -> None:
     """It frees its place: the next trials need it."""
     (tmp_path / "space.yaml").write_text("optim.lr: [1.0e-8, 3.0e-3, 1.0e-7, 1.0e-6]\n")
