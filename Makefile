@@ -38,7 +38,7 @@ reproduce: install  ## from FER2013's archive to the model that ships: make repr
 	  $(foreach folder,$(RUN),--run "$(folder)") $(if $(wildcard docs/failures.md),--failures docs/failures.md) $(if $(INTO),--into "$(INTO)")
 
 test: install  ## run the tests
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(PYTEST)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 check: install  ## format, lint, types, shell scripts, and the order of imports
 	$(BIN)/ruff format --check .

@@ -10,6 +10,7 @@ import pytest
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+    from xdist.scheduler import LoadFileScheduling
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -74,16 +75,22 @@ def _present(path: Path, hint: str) -> Path:
     return path
 
 
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """With several processes (`-n 2 --dist loadgroup`, as `make test`): each file is one's alone, and so is SLURM.
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> "LoadFileScheduling | None":
+    """With `--dist loadfile`, as `make test`: a file is one process's alone, and so is tests/slurm.
 
-    A file's fixtures are then made once, and of the clusters there is one at a time.
+    A file's fixtures are then made once, its tests run in their order, and of SLURM's clusters there is one at a time.
+    Marks for `--dist loadgroup` would say the same, but pytest-xdist 3.8 loses them under pytest 9.2 (its issue 1386).
     """
-    if config.getoption("dist", "no") != "loadgroup":
-        return
-    for item in items:
-        path = item.path.relative_to(ROOT / "tests")
-        item.add_marker(pytest.mark.xdist_group("slurm" if path.parts[0] == "slurm" else str(path)))
+    if config.getoption("dist") != "loadfile":
+        return None
+    from xdist.scheduler import LoadFileScheduling
+
+    class Files(LoadFileScheduling):  # type: ignore[misc]  # pytest-xdist says nothing of its types
+        def _split_scope(self, nodeid: str) -> str:
+            return "tests/slurm" if nodeid.startswith("tests/slurm/") else super()._split_scope(nodeid)
+
+    return Files(config, log)
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
