@@ -11,7 +11,7 @@ from fer_dist.config import Config, load_config
 from fer_dist.options import RECIPES, recipes
 from fer_dist.spec import IMAGENET_MEAN, IMAGENET_STD, LabelSet
 
-NAMED = ("demo", "patt_lite", "patt_lite_best", "patt_lite_plus", "vit", "vit_mae")
+NAMED = ("demo", "patt_lite", "patt_lite_128", "patt_lite_best", "patt_lite_plus", "vit", "vit_mae")
 """Those to train with; `search` is what a search without arguments begins with."""
 
 
@@ -33,7 +33,7 @@ def values(config: Config, *names: str) -> list[Any]:
     return found
 
 
-def test_there_are_six_and_one_to_search_with() -> None:
+def test_there_are_seven_and_one_to_search_with() -> None:
     assert recipes() == sorted((*NAMED, "search"))
 
 
@@ -54,7 +54,7 @@ def test_command_of_the_header_starts_this_recipe(name: str) -> None:
     assert words[0] == "torchrun"
     assert words[module - 1] == "-m"
     config = parse(words[module + 1 :], prog="train", about="")
-    assert config == load_config(name, {"data.path": config.data.path})
+    assert config == load_config(name, {"data.path": config.data.path, "model.weights": config.model.weights})
     (ranks,) = (int(word.split("=")[1]) for word in words if word.startswith("--nproc_per_node="))
     assert config.train.global_batch % ranks == 0
     assert (config.data.path is None) == (name == "demo")
