@@ -28,6 +28,8 @@ LOOK_S = 0.25
 """How often the thread looks."""
 SUSPENDED_S = 5.0
 """A thread that has not looked for so long was stopped itself, with all of its process."""
+LINGER_S = 1.0
+"""A rank that wrote its stacks stays so long: the others look up to LOOK_S later, and would die of its going first."""
 LAST_STEP_S, LAST_STEP_FACTOR = 10.0, 3.0
 """A rank that was told to stop waits for the end of its step this long, or so many times its longest step so far."""
 
@@ -180,6 +182,7 @@ class Watch:
         except OSError as error:
             where = f"its stacks cannot be written ({error.strerror})"
         if self._launched:
+            time.sleep(LINGER_S)
             self._leave(f"{when}; {where}")
         self._tell(f"{when}; {where}")
 

@@ -12,7 +12,7 @@ import pytest
 from fer_dist.config import RunConfig
 from fer_dist.data.faces import TRAIN, VAL
 from fer_dist.engine.same import data_digest
-from fer_dist.engine.watch import Watch
+from fer_dist.engine.watch import LOOK_S, Watch
 from fer_dist.errors import EXIT_RANK_LOST
 from fer_dist.world import World
 from tests.engine.rig import noise_faces
@@ -127,6 +127,16 @@ with Watch(RunConfig(timeout_seconds=0.2), World(rank=1, size=2), Path({str(tmp_
     assert done.code == EXIT_RANK_LOST
     assert "error: rank 1: no progress for 0.2 s" in done.err
     assert "its stacks cannot be written" in done.err
+
+
+def test_it_leaves_after_the_others_had_time_to_look(tmp_path: Path) -> None:
+    """They would die of a broken connection instead, and what they write would not say where they waited."""
+    code = f"""{WATCHED}
+with Watch(RunConfig(timeout_seconds=0.2), World(), Path({str(tmp_path)!r})):
+    time.sleep(60)
+"""
+    assert python("-c", code).code == EXIT_RANK_LOST
+    assert time.time() - (tmp_path / "stacks" / "rank-0.txt").stat().st_mtime > LOOK_S + 0.5
 
 
 def test_progress_is_what_beats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
