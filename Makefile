@@ -37,6 +37,7 @@ reproduce: install  ## from FER2013's archive to the model that ships: make repr
 	$(BIN)/python -m benchmarks.reproduce --data "$(DATA)" --recipe "$(RECIPE)" $(if $(WEIGHTS),--weights "$(WEIGHTS)") \
 	  $(foreach folder,$(RUN),--run "$(folder)") $(if $(wildcard docs/failures.md),--failures docs/failures.md) $(if $(INTO),--into "$(INTO)")
 
+# Files in their order: those with few tests are the long ones, which pytest-xdist would leave for the end.
 test: install  ## run the tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST)
 

@@ -132,11 +132,17 @@ with Watch(RunConfig(timeout_seconds=0.2), World(rank=1, size=2), Path({str(tmp_
 def test_it_leaves_after_the_others_had_time_to_look(tmp_path: Path) -> None:
     """They would die of a broken connection instead, and what they write would not say where they waited."""
     code = f"""{WATCHED}
+leave = Watch._leave
+def leave_and_say_when(watch, why):
+    print(time.time(), flush=True)
+    leave(watch, why)
+Watch._leave = leave_and_say_when
 with Watch(RunConfig(timeout_seconds=0.2), World(), Path({str(tmp_path)!r})):
     time.sleep(60)
 """
-    assert python("-c", code).code == EXIT_RANK_LOST
-    assert time.time() - (tmp_path / "stacks" / "rank-0.txt").stat().st_mtime > LOOK_S + 0.5
+    done = python("-c", code)
+    assert done.code == EXIT_RANK_LOST
+    assert float(done.out) - (tmp_path / "stacks" / "rank-0.txt").stat().st_mtime > LOOK_S + 0.5
 
 
 def test_progress_is_what_beats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
