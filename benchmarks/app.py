@@ -19,7 +19,7 @@ import numpy as np
 from gradio_client import Client, handle_file
 from PIL import Image
 
-from tests.scenes import scene
+from tests.helpers.synthetic_scenes import scene
 
 
 def main() -> None:

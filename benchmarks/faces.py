@@ -28,7 +28,7 @@ from fer_dist.data.faces import VAL
 from fer_dist.serve.faces import DETAIL, Box, YuNet, crop, whole
 from fer_dist.serve.runner import Runner, open_runner
 from fer_dist.spec import LabelSet
-from tests.scenes import scene, tiles
+from tests.helpers.synthetic_scenes import scene, tiles
 
 SIDES = (32, 48, 64, 96, 128, 192, 240)
 MARGINS = (-0.1, -0.05, 0.0, 0.05, 0.1, 0.15, 0.2, 0.3)

@@ -20,8 +20,8 @@ from fer_dist.models.base import unsmoothed
 from fer_dist.serve.artifact import file_sha256, read_onnx_metadata
 from fer_dist.serve.runner import open_runner
 from tests.conftest import ROOT
-from tests.export.rig import command, content, drawn, nothing_changes, saved, too_sure
-from tests.models.tiny import pictures
+from tests.helpers.exporting import command, content, drawn, nothing_changes, saved, too_sure
+from tests.helpers.tiny_models import pictures
 
 DRAWN_VAL = 140
 

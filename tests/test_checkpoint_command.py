@@ -17,8 +17,8 @@ from fer_dist.checkpoint import main
 from fer_dist.engine.checkpoint import Checkpoint, load, save
 from fer_dist.engine.trainer import Result, fit
 from fer_dist.errors import UserError
-from tests.models.tiny import pictures
-from tests.workers.runs import no_pictures, same, stateful
+from tests.helpers.small_runs import no_pictures, same, stateful
+from tests.helpers.tiny_models import pictures
 
 
 @pytest.fixture(scope="module")

@@ -23,9 +23,9 @@ from fer_dist.serve.artifact import file_sha256
 from fer_dist.serve.runner import open_runner
 from fer_dist.spec import EXPRESSIONS, InputSpec, LabelSet
 from tests.conftest import ROOT
-from tests.export.rig import command, content, drawn, exported, nothing_changes, saved
-from tests.ranks import torchrun
-from tests.serve.artifacts import engine
+from tests.helpers.artifacts import engine
+from tests.helpers.exporting import command, content, drawn, exported, nothing_changes, saved
+from tests.helpers.processes import torchrun
 
 HOSTILE = ("<script>alert(1)<", "\"><img src='http:", "$\\frac{", "\u202egnp.exe", "怒り", "{{ 7*7 }}", "&amp;")
 """Class names that would do something where they are not escaped."""

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from fer_dist.launch import summary
-from tests.ranks import ROOT, Process
+from tests.helpers.processes import ROOT, Process
 
 FLAGS = ("--standalone", "--nproc_per_node=2", "--shutdown-timeout=60", "--signals-to-handle=SIGTERM,SIGUSR1")
 SAVES = """\

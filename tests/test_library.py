@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.ranks import python
+from tests.helpers.processes import python
 
 SCRIPT = """
 import sys

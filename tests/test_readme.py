@@ -22,8 +22,8 @@ from fer_dist.engine.checkpoint import load, save
 from fer_dist.serve.dataset import open_data
 from fer_dist.spec import EXPRESSIONS
 from tests.conftest import ROOT
-from tests.export.rig import too_sure
-from tests.scenes import scene
+from tests.helpers.exporting import too_sure
+from tests.helpers.synthetic_scenes import scene
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 COMMANDS = [line for block in re.findall(r"```sh\n(.*?)```", README, re.S) for line in block.splitlines() if line]

@@ -21,8 +21,8 @@ from fer_dist.errors import EXIT_REJECTED, EXIT_USER_ERROR, UserError
 from fer_dist.serve.artifact import ExportedModel, file_sha256, sidecar, sidecar_json
 from fer_dist.serve.shipped import NAME, WEIGHTS
 from fer_dist.spec import EXPRESSIONS
-from tests.export.rig import command, saved
-from tests.serve.artifacts import SPEC
+from tests.helpers.artifacts import SPEC
+from tests.helpers.exporting import command, saved
 
 
 class Stage:

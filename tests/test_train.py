@@ -8,7 +8,7 @@ import pytest
 
 from fer_dist.engine.checkpoint import load
 from fer_dist.errors import EXIT_USER_ERROR
-from tests.ranks import WORKERS, Done, by_hand, python, torchrun
+from tests.helpers.processes import WORKERS, Done, by_hand, python, torchrun
 
 TINY = [
     *("--config", "demo", "--data.embedded_train", "140", "--data.embedded_val", "21"),
@@ -75,15 +75,15 @@ def test_an_error_under_torchrun(tmp_path: Path, words: list[str], message: str)
 
 
 def test_an_error_of_one_rank_under_torchrun() -> None:
-    refused(torchrun(2, str(WORKERS / "stumble.py"), "one"), "error: rank 1 stumbles\n  -> mind the step\n")
+    refused(torchrun(2, str(WORKERS / "flaky_worker.py"), "one"), "error: rank 1 stumbles\n  -> mind the step\n")
 
 
 def test_rank_0_speaks_though_it_is_the_last() -> None:
     """The other ranks are there seconds earlier: torchrun would end rank 0 as soon as one of them left."""
-    refused(torchrun(3, str(WORKERS / "stumble.py"), "all"), "error: all ranks stumble\n  -> mind the step\n")
+    refused(torchrun(3, str(WORKERS / "flaky_worker.py"), "all"), "error: all ranks stumble\n  -> mind the step\n")
 
 
-@pytest.mark.parametrize("words", [[*TRAIN, *TINY, "--data", "nowhere.csv"], [str(WORKERS / "stumble.py"), "one"]])
+@pytest.mark.parametrize("words", [[*TRAIN, *TINY, "--data", "nowhere.csv"], [str(WORKERS / "flaky_worker.py"), "one"]])
 def test_every_rank_leaves_with_2(words: list[str]) -> None:
     """Ranks without an agent, so that each leaves by itself."""
     first, *others = by_hand(2, *words)

@@ -14,7 +14,7 @@ from torch import nn
 from fer_dist import world as world_module
 from fer_dist.errors import UserError
 from fer_dist.world import World, _fresh_store, _known_launch, join
-from tests.ranks import python
+from tests.helpers.processes import python
 
 
 def gpus(count: int, monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:

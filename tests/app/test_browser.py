@@ -12,9 +12,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.app.rig import pictures, served, write_y4m
-from tests.scenes import scene
-from tests.serve.artifacts import trained
+from tests.helpers.artifacts import trained
+from tests.helpers.synthetic_scenes import scene
+from tests.helpers.webapp import pictures, served, write_y4m
 
 CHROMIUM = shutil.which("chromium")
 pytestmark = [

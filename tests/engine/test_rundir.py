@@ -34,7 +34,7 @@ from fer_dist.engine.trainer import Result, fit
 from fer_dist.errors import UserError
 from fer_dist.spec import EXPRESSIONS, LabelSet
 from fer_dist.world import World
-from tests.workers.runs import AUGMENTED, everything, fake_metrics, no_gain, no_pictures, plain_lines, same, tiny
+from tests.helpers.small_runs import AUGMENTED, everything, fake_metrics, no_gain, no_pictures, plain_lines, same, tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 

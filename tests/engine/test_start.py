@@ -14,8 +14,8 @@ from fer_dist.engine.start import starting_model
 from fer_dist.errors import UserError
 from fer_dist.models import FaceModel
 from fer_dist.spec import LabelSet, ModelSpec
-from tests.models.tiny import TINY, make_lively, pictures, tiny_config, tiny_model
-from tests.ranks import python
+from tests.helpers.processes import python
+from tests.helpers.tiny_models import TINY, make_lively, pictures, tiny_config, tiny_model
 from tests.test_train import TINY as DEMO
 from tests.test_train import TRAIN
 

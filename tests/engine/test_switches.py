@@ -25,7 +25,7 @@ from fer_dist.engine.state import exact_kernels, why_sync_batchnorm
 from fer_dist.options import Section, walk
 from fer_dist.spec import LabelSet
 from fer_dist.world import World
-from tests.engine.rig import SIDE, VIT, Rig, Watch, fit, noise_faces, settings
+from tests.helpers.training import SIDE, VIT, Rig, Watch, fit, noise_faces, settings
 
 TESTS = Path(__file__).resolve().parents[1]
 CODE = TESTS.parent / "fer_dist"
@@ -217,7 +217,7 @@ def test_synchronised_batch_norm_is_made_and_said(
 ) -> None:
     """On a CPU it can be made, not run."""
     monkeypatch.setattr(state_module, "why_sync_batchnorm", lambda train, world: "the test says so")
-    monkeypatch.setattr("tests.engine.rig.RunConfig", lambda progress: settings(run__progress="plain").run)
+    monkeypatch.setattr("tests.helpers.training.RunConfig", lambda progress: settings(run__progress="plain").run)
     rig = Rig(settings(VIT if arch == "vit" else {}, model__freeze_depth=freeze_depth))
     norms = [m for m in rig.state.model.modules() if isinstance(m, nn.SyncBatchNorm)]
     assert bool(norms) == expected

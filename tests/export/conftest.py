@@ -8,7 +8,7 @@ import pytest
 from export import maker, trt
 from fer_dist.config import Config
 from fer_dist.serve import dataset
-from tests.export.rig import DRAWN, command, exported, saved
+from tests.helpers.exporting import DRAWN, command, exported, saved
 
 
 @pytest.fixture

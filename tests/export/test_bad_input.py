@@ -20,7 +20,7 @@ from fer_dist.errors import EXIT_USER_ERROR, UserError
 from fer_dist.serve.artifact import ExportedModel, file_sha256, read_sidecar, sidecar, sidecar_json
 from fer_dist.spec import ModelSpec
 from tests.conftest import ROOT
-from tests.export.rig import command, content, exported, names, nothing_changes, saved, small_disk
+from tests.helpers.exporting import command, content, exported, names, nothing_changes, saved, small_disk
 
 FIELDS: dict[str, Any] = {
     "kind": "engine",

@@ -15,7 +15,7 @@ from torch import Tensor
 from export import bench
 from fer_dist.serve.runner import Runner
 from tests.conftest import ROOT
-from tests.serve.artifacts import SIDE, SPEC, tiny_onnx, write
+from tests.helpers.artifacts import SIDE, SPEC, tiny_onnx, write
 
 
 class Clock:

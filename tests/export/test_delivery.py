@@ -25,7 +25,7 @@ from fer_dist.errors import EXIT_REJECTED, EXIT_USER_ERROR, Rejected, UserError
 from fer_dist.models import FaceModel
 from fer_dist.serve.artifact import read_sidecar
 from fer_dist.serve.runner import open_runner
-from tests.export.rig import command, content, exported, names, nothing_changes, saved
+from tests.helpers.exporting import command, content, exported, names, nothing_changes, saved
 
 LOOSE = ("--tolerance", "agreement=0,accuracy=0.5,kl=9")
 """Random weights answer two classes almost alike: that a picture in fifty goes the other way says nothing."""

@@ -17,8 +17,8 @@ from export.precision import to_float16, to_int8
 from fer_dist.errors import EXIT_USER_ERROR, UserError
 from fer_dist.serve.artifact import LOGITS, PROBABILITIES
 from fer_dist.spec import ModelSpec
-from tests.export.nets import copied, graph_of, images
-from tests.export.rig import command, lively, names, nothing_changes, saved
+from tests.helpers.exporting import command, lively, names, nothing_changes, saved
+from tests.helpers.onnx_graphs import copied, graph_of, images
 
 BATCH = (1, 8, 64)
 

@@ -12,8 +12,8 @@ from export.gate import compare, tolerance_of
 from fer_dist.serve.artifact import Precision, read_sidecar
 from fer_dist.serve.ortsession import PROVIDERS
 from fer_dist.serve.runner import open_runner
-from tests.export.rig import Gate, command, lively, saved
-from tests.models.tiny import pictures
+from tests.helpers.exporting import Gate, command, lively, saved
+from tests.helpers.tiny_models import pictures
 
 pytestmark = pytest.mark.gpu
 

@@ -9,7 +9,7 @@ from export import float16
 from export.precision import to_float16
 from export.rewrite import cpu_session, heads
 from fer_dist.serve.artifact import INPUT, LOGITS, read_onnx_metadata
-from tests.export.nets import (
+from tests.helpers.onnx_graphs import (
     ARCHS,
     agreement,
     chain,

@@ -13,7 +13,7 @@ from export.gate import ParityReport, Tolerance, compare, show, tolerance_of
 from fer_dist.errors import Rejected, UserError
 from fer_dist.serve.dataset import Pictures, open_data
 from fer_dist.spec import InputSpec, LabelSet, ModelSpec
-from tests.export.rig import SETTINGS, Live, lively
+from tests.helpers.exporting import SETTINGS, Live, lively
 
 SPEC = ModelSpec(arch="vit")
 FP32 = tolerance_of("fp32")

@@ -16,9 +16,9 @@ from fer_dist.errors import UserError
 from fer_dist.serve.artifact import ATTENTION, INPUT, LOGITS, PROBABILITIES
 from fer_dist.serve.onnxfile import read_onnx
 from fer_dist.serve.runner import open_runner
-from tests.export.nets import ARCHS, copied, graph_of
-from tests.export.rig import SHA256, Gate, lively
-from tests.models.tiny import pictures
+from tests.helpers.exporting import SHA256, Gate, lively
+from tests.helpers.onnx_graphs import ARCHS, copied, graph_of
+from tests.helpers.tiny_models import pictures
 
 BATCHES = (1, 2, 3, 7, 64, 100)
 

@@ -20,7 +20,7 @@ from export.calibrate import Ranges, clipped_by_entropy, clipped_by_percentile, 
 from export.precision import Form, Verdict, to_int8
 from export.rewrite import cpu_session, working_copy
 from fer_dist.serve.artifact import INPUT, read_onnx_metadata
-from tests.export.nets import (
+from tests.helpers.onnx_graphs import (
     ARCHS,
     agreement,
     chain,

@@ -19,8 +19,8 @@ from fer_dist.errors import UserError
 from fer_dist.models import FaceModel
 from fer_dist.serve.artifact import LOGITS, PROBABILITIES, onnx_metadata
 from fer_dist.serve.onnxfile import read_onnx
-from tests.export.nets import copied, graph_of
-from tests.export.rig import SHA256, Gate, lively
+from tests.helpers.exporting import SHA256, Gate, lively
+from tests.helpers.onnx_graphs import copied, graph_of
 
 Graph = onnx.ModelProto
 Floats = NDArray[np.float32]

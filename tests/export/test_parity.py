@@ -15,7 +15,7 @@ from fer_dist.serve.artifact import file_sha256
 from fer_dist.serve.runner import open_runner
 from fer_dist.spec import LabelSet
 from tests.conftest import ROOT
-from tests.export.rig import command, content, exported, nothing_changes, saved
+from tests.helpers.exporting import command, content, exported, nothing_changes, saved
 
 
 @pytest.fixture(scope="module")

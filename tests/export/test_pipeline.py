@@ -20,8 +20,8 @@ from fer_dist.serve.artifact import contract, file_sha256, read_sidecar
 from fer_dist.serve.dataset import data_settings
 from fer_dist.serve.onnxfile import read_onnx
 from fer_dist.serve.runner import open_runner
-from tests.export.rig import command, names, nothing_changes, saved
-from tests.models.tiny import pictures
+from tests.helpers.exporting import command, names, nothing_changes, saved
+from tests.helpers.tiny_models import pictures
 
 LOOSE = ("--tolerance", "agreement=0,accuracy=0.5,kl=9")
 """Random weights answer two classes almost alike: that a picture in fifty goes the other way says nothing."""

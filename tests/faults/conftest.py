@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.faults.meter import Meter
+from tests.helpers.memory_meter import Meter
 
 
 @pytest.fixture(scope="session")

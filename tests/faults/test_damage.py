@@ -16,9 +16,9 @@ from fer_dist.engine.history import newest, save_step, step_files
 from fer_dist.engine.trainer import fit
 from fer_dist.errors import EXIT_USER_ERROR, UserError
 from tests.engine.test_checkpoint import make
-from tests.faults.rig import SAVE_EVERY, Crash, Ledger, breaking, run_whole
-from tests.ranks import ROOT
-from tests.workers.runs import everything, no_pictures, same, starts, stateful
+from tests.helpers.fault_runs import SAVE_EVERY, Crash, Ledger, breaking, run_whole
+from tests.helpers.processes import ROOT
+from tests.helpers.small_runs import everything, no_pictures, same, starts, stateful
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ from fer_dist.data.pictures import walk
 from fer_dist.data.readers import read_faces
 from fer_dist.errors import UserError
 from fer_dist.spec import LabelSet
-from tests.faults.corpus import zipped
-from tests.faults.meter import Meter
 from tests.faults.test_hostile_pictures import encoded
+from tests.helpers.malicious_pickles import zipped
+from tests.helpers.memory_meter import Meter
 
 GOOD = {"happy/1.png": encoded("PNG"), "sad/2.png": encoded("PNG")}
 _ENTRY = "<4s6H3L5H2L"

@@ -17,7 +17,7 @@ from fer_dist.errors import UserError
 from fer_dist.models import FaceModel, build, build_model
 from fer_dist.models.hf import MAX_PARAMETERS
 from fer_dist.spec import LabelSet, ModelSpec
-from tests.faults.corpus import ATTACKS, benign
+from tests.helpers.malicious_pickles import ATTACKS, benign
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,

@@ -19,8 +19,8 @@ from fer_dist.data.readers import read_faces
 from fer_dist.errors import UserError
 from fer_dist.spec import LabelSet
 from fer_dist.tensors import NotTensors, read_tensors
-from tests.faults.corpus import around, members, saved, zipped
 from tests.faults.test_hostile_pictures import FORMATS, encoded
+from tests.helpers.malicious_pickles import around, members, saved, zipped
 
 MOST_SECONDS = 5.0
 

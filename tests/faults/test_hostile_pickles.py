@@ -38,10 +38,10 @@ from fer_dist.serve.runner import open_runner
 from fer_dist.spec import LabelSet
 from fer_dist.tensors import NotTensors, read_tensors
 from fer_dist.world import World
-from tests.faults.bombs import BOMBS, doubled, item, number
-from tests.faults.corpus import ATTACKS, Attack, around, benign, called, whole
-from tests.faults.meter import Meter
-from tests.models.tiny import tiny_config
+from tests.helpers.malicious_pickles import ATTACKS, Attack, around, benign, called, whole
+from tests.helpers.memory_meter import Meter
+from tests.helpers.tensor_bombs import BOMBS, doubled, item, number
+from tests.helpers.tiny_models import tiny_config
 
 SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 

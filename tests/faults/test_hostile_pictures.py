@@ -20,8 +20,8 @@ from fer_dist.data.readers import read_faces
 from fer_dist.errors import UserError
 from fer_dist.spec import LabelSet
 from tests.data.test_bad_input import chunk
-from tests.faults.corpus import zipped
-from tests.faults.meter import Meter
+from tests.helpers.malicious_pickles import zipped
+from tests.helpers.memory_meter import Meter
 
 FORMATS = {"JPEG": "jpg", "PNG": "png", "BMP": "bmp", "WEBP": "webp", "GIF": "gif"}
 NOISE = np.random.default_rng(0).integers(0, 256, (48, 48), dtype=np.uint8)

@@ -12,7 +12,7 @@ from fer_dist.engine.checkpoint import Checkpoint, load, save
 from fer_dist.errors import UserError
 from fer_dist.spec import ModelSpec
 from tests.engine.test_checkpoint import write
-from tests.models.tiny import tiny_model
+from tests.helpers.tiny_models import tiny_model
 
 
 @pytest.fixture(scope="module")

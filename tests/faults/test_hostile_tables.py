@@ -18,9 +18,9 @@ from fer_dist.data import gathering, tables
 from fer_dist.data.readers import read_faces
 from fer_dist.errors import UserError
 from fer_dist.spec import LabelSet
-from tests.faults.corpus import Calls
-from tests.faults.meter import Meter
 from tests.faults.test_hostile_pictures import encoded
+from tests.helpers.malicious_pickles import Calls
+from tests.helpers.memory_meter import Meter
 
 PIXELS = " ".join(["7"] * 2304)
 ROW_BOUND = "a row of more than 65,536 characters"

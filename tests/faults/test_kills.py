@@ -16,9 +16,9 @@ import numpy as np
 import pytest
 
 from fer_dist.engine.checkpoint import load
-from tests.faults.rig import FAULT, SAVE_EVERY, STEPS, Launch, begin, end, launch, require_equal
-from tests.ranks import two_agents
-from tests.workers.runs import starts, state_hash
+from tests.helpers.fault_runs import FAULT, SAVE_EVERY, STEPS, Launch, begin, end, launch, require_equal
+from tests.helpers.processes import two_agents
+from tests.helpers.small_runs import starts, state_hash
 
 Whole = Callable[[int, str], Launch]
 SLOW_S = 0.004

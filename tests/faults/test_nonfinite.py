@@ -15,9 +15,9 @@ from fer_dist.engine.history import step_files
 from fer_dist.engine.state import prepare
 from fer_dist.engine.trainer import fit
 from fer_dist.errors import UserError
-from tests.engine.rig import Rig, settings
-from tests.faults.rig import Launch, launch
-from tests.workers.runs import no_pictures, plain_lines, stateful
+from tests.helpers.fault_runs import Launch, launch
+from tests.helpers.small_runs import no_pictures, plain_lines, stateful
+from tests.helpers.training import Rig, settings
 
 # -- several ranks, one of them spoilt
 

@@ -13,8 +13,8 @@ from fer_dist.engine.checkpoint import load
 from fer_dist.engine.trainer import fit
 from fer_dist.errors import Stopped
 from fer_dist.world import World
-from tests.faults.rig import SAVE_EVERY, STEPS, Crash, Ledger, breaking, launch, run_whole
-from tests.workers.runs import everything, no_gain, no_pictures, plain_lines, same, starts, stateful
+from tests.helpers.fault_runs import SAVE_EVERY, STEPS, Crash, Ledger, breaking, launch, run_whole
+from tests.helpers.small_runs import everything, no_gain, no_pictures, plain_lines, same, starts, stateful
 
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "vit": ("vit", {}),

@@ -20,9 +20,9 @@ from fer_dist.engine.trainer import fit
 from fer_dist.engine.watch import LAST_STEP_S, Watch, stop_signals
 from fer_dist.errors import EXIT_RANK_LOST, EXIT_STOPPED, Stopped, UserError
 from fer_dist.world import World
-from tests.faults.rig import FAULT, Crash, Launch, launch
-from tests.ranks import Process, start_by_hand
-from tests.workers.runs import everything, no_pictures, same, stateful
+from tests.helpers.fault_runs import FAULT, Crash, Launch, launch
+from tests.helpers.processes import Process, start_by_hand
+from tests.helpers.small_runs import everything, no_pictures, same, stateful
 
 TRAIN = ["-m", "fer_dist.train"]
 

@@ -15,9 +15,9 @@ from fer_dist.engine.same import data_digest
 from fer_dist.engine.watch import LOOK_S, Watch
 from fer_dist.errors import EXIT_RANK_LOST
 from fer_dist.world import World
-from tests.engine.rig import noise_faces
-from tests.faults.rig import launch, require_equal
-from tests.ranks import python
+from tests.helpers.fault_runs import launch, require_equal
+from tests.helpers.processes import python
+from tests.helpers.training import noise_faces
 
 
 def write_faces(folder: Path, seed: int) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from tests.models.tiny import make_lively, pictures, tiny_model
+from tests.helpers.tiny_models import make_lively, pictures, tiny_model
 
 
 @torch.no_grad()

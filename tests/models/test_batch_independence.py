@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from tests.models.tiny import ALL, check_batch_independence, make_lively, tiny_model
+from tests.helpers.tiny_models import ALL, check_batch_independence, make_lively, tiny_model
 
 
 @pytest.mark.parametrize("arch", ALL)

@@ -6,7 +6,7 @@ from torch import nn
 
 from fer_dist.errors import UserError
 from fer_dist.models import FaceModel
-from tests.models.tiny import ALL, pictures, tiny_model
+from tests.helpers.tiny_models import ALL, pictures, tiny_model
 
 DEPTHS = {
     "vit": 2,

@@ -12,7 +12,7 @@ from fer_dist.errors import UserError
 from fer_dist.models import build, build_spec
 from fer_dist.models.base import Preprocess, unsmoothed
 from fer_dist.spec import IMAGENET_MEAN, IMAGENET_STD, InputSpec, LabelSet, ModelSpec
-from tests.models.tiny import ALL, TINY, make_lively, pictures, tiny_config, tiny_model
+from tests.helpers.tiny_models import ALL, TINY, make_lively, pictures, tiny_config, tiny_model
 
 HALF = (0.5, 0.5, 0.5)
 

@@ -18,7 +18,7 @@ from fer_dist.config import Config
 from fer_dist.errors import UserError
 from fer_dist.models import FaceModel, build_model, build_spec, weights
 from fer_dist.spec import LabelSet
-from tests.models.tiny import TINY, check_batch_independence, make_lively, pictures, tiny_config, tiny_model
+from tests.helpers.tiny_models import TINY, check_batch_independence, make_lively, pictures, tiny_config, tiny_model
 
 SIZES: dict[str, Any] = {
     "hidden_size": 32,

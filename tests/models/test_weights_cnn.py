@@ -17,7 +17,7 @@ from fer_dist.config import Config
 from fer_dist.errors import UserError
 from fer_dist.models import FaceModel, build, build_model
 from fer_dist.spec import LabelSet
-from tests.models.tiny import pictures
+from tests.helpers.tiny_models import pictures
 
 
 def load(arch: str, path: Path | None, **overrides: Any) -> FaceModel:

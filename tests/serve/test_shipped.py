@@ -22,8 +22,8 @@ from fer_dist.serve.artifact import (
 )
 from fer_dist.serve.measured import measured
 from fer_dist.serve.runner import open_runner
-from tests.export.rig import command, exported, lively
-from tests.serve.artifacts import CHECKPOINT
+from tests.helpers.artifacts import CHECKPOINT
+from tests.helpers.exporting import command, exported, lively
 
 
 def ship_small(folder: Path) -> Path:

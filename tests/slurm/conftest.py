@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.ranks import torchrun
-from tests.slurm.rig import TRAINING, Cluster, missing, no_freezer
+from tests.helpers.processes import torchrun
+from tests.helpers.slurm_cluster import TRAINING, Cluster, missing, no_freezer
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

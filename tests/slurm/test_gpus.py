@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.rig import TRAINING, Cluster
+from tests.helpers.slurm_cluster import TRAINING, Cluster
 from tests.test_readme import COMMANDS
 
 SBATCH = [line for line in COMMANDS if "sbatch " in line and "slurm/" in line and "container" not in line]

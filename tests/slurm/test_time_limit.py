@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.slurm.rig import Cluster, Job, no_freezer
+from tests.helpers.slurm_cluster import Cluster, Job, no_freezer
 from tests.slurm.test_train import require_unbroken
 
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
-from tests.slurm.rig import TRAINING, Cluster, Job
-from tests.workers.runs import plain_lines, starts, state_hash
+from tests.helpers.slurm_cluster import TRAINING, Cluster, Job
+from tests.helpers.small_runs import plain_lines, starts, state_hash
 
 SLOWLY: dict[str, Any] = {"SLOW_STEP_S": "0.4"}
 """Of the first start of a job, so that there is time to break it off."""

@@ -4,7 +4,7 @@ import re
 import sys
 from pathlib import Path
 
-from tests.slurm.rig import Cluster, Job
+from tests.helpers.slurm_cluster import Cluster, Job
 from tune.ledger import Ledger
 
 SEARCH = (

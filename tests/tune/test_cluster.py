@@ -4,7 +4,7 @@ import pytest
 import ray
 
 from fer_dist.errors import UserError
-from tests.tune.rig import Search
+from tests.helpers.ray_search import Search
 from tune.cluster import require_resources, with_gpus
 from tune.ledger import Ledger
 from tune.settings import Settings

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
-from tests.tune.rig import LOOPBACK, Search
+from tests.helpers.ray_search import LOOPBACK, Search
 from tune.ledger import Ledger, Trial, records_in
 from tune.settings import read
 

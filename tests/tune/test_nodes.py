@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
-from tests.tune.rig import LOOPBACK, Search
+from tests.helpers.ray_search import LOOPBACK, Search
 from tune.ledger import Ledger
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="counts processes in /proc")
@@ -21,7 +21,7 @@ pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="counts processe
 def cluster() -> Iterator[tuple[str, int]]:
     """Its address, and the raylet of its second node."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "tests.tune.two_nodes"],
+        [sys.executable, "-m", "tests.helpers.ray_two_nodes"],
         cwd=ROOT,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,

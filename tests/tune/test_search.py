@@ -16,7 +16,7 @@ from fer_dist.engine.checkpoint import load
 from fer_dist.engine.trainer import fit
 from fer_dist.errors import UserError
 from tests.conftest import ROOT
-from tests.tune.rig import LOOPBACK, SPACE, TINY, Search
+from tests.helpers.ray_search import LOOPBACK, SPACE, TINY, Search
 from tune.asked import new, parser, resumed
 from tune.ledger import Ledger, Trial, records_in
 from tune.search import _main

@@ -15,8 +15,8 @@ from fer_dist.errors import UserError
 from fer_dist.models import build_model
 from fer_dist.spec import LabelSet
 from tests.conftest import ROOT
-from tests.models.tiny import ALL, tiny_config
-from tests.tune.spaces import EVERY_KIND, axis, space
+from tests.helpers.search_spaces import EVERY_KIND, axis, space
+from tests.helpers.tiny_models import ALL, tiny_config
 from tune.space import depth_of, value_of
 
 

@@ -12,8 +12,8 @@ import yaml
 from fer_dist.config import Config
 from fer_dist.errors import UserError
 from tests.conftest import ROOT
-from tests.models.tiny import ALL, tiny_config
-from tests.tune.spaces import EVERY_KIND, axis, space
+from tests.helpers.search_spaces import EVERY_KIND, axis, space
+from tests.helpers.tiny_models import ALL, tiny_config
 from tune.space import Axis, Space
 from tune.spacefile import default_space, read_space, space_of
 

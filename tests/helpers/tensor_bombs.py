@@ -6,7 +6,7 @@ import zipfile
 from collections.abc import Callable
 from functools import cache
 
-from tests.faults.corpus import around, benign, called, members, named, old_format, text, whole, zipped
+from tests.helpers.malicious_pickles import around, benign, called, members, named, old_format, text, whole, zipped
 
 
 def number(value: int) -> bytes:

@@ -1,4 +1,4 @@
-"""Runs that are broken: launches of `tests/workers/fault.py`, and runs in this process."""
+"""Runs that are broken: launches of `tests/workers/fault_worker.py`, and runs in this process."""
 
 import json
 import os
@@ -15,10 +15,10 @@ from unittest import mock
 from fer_dist.config import Config
 from fer_dist.engine import step, trainer
 from fer_dist.engine.trainer import Result, fit
-from tests.ranks import PATIENCE_S, TORCHRUN, WORKERS, Done, Process
-from tests.workers.runs import everything, no_pictures, plain_lines, same, starts, state_hash
+from tests.helpers.processes import PATIENCE_S, TORCHRUN, WORKERS, Done, Process
+from tests.helpers.small_runs import everything, no_pictures, plain_lines, same, starts, state_hash
 
-FAULT = str(WORKERS / "fault.py")
+FAULT = str(WORKERS / "fault_worker.py")
 EPOCH_STEPS, STEPS, SAVE_EVERY = 8, 24, 4
 """Of `runs.stateful`."""
 

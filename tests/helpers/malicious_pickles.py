@@ -244,6 +244,7 @@ def from_bytes(trace: Path) -> bytes:
     return around(whole(called("torch.storage _load_from_bytes", raw)))
 
 
+ACTS = "tests.helpers.malicious_pickles Acts"
 ATTACKS: dict[str, Attack] = {
     # functions, as __reduce__ writes them
     "os.system": Attack(lambda t: saved(Calls(os.system, f"mkdir '{t}'"))),
@@ -286,8 +287,8 @@ ATTACKS: dict[str, Attack] = {
     ),
     "INST": Attack(lambda t: around(whole(b"(" + text(t) + b"ios\nmkdir\n")), reason="the opcode INST"),
     "OBJ": Attack(lambda t: around(whole(b"(" + named("os mkdir") + text(t) + b"o"))),
-    "NEWOBJ": Attack(lambda t: around(whole(named("tests.faults.corpus Acts") + b"(" + text(t) + b"t\x81"))),
-    "BUILD": Attack(lambda t: around(whole(named("tests.faults.corpus Acts") + b")\x81" + text(t) + b"b"))),
+    "NEWOBJ": Attack(lambda t: around(whole(named(ACTS) + b"(" + text(t) + b"t\x81"))),
+    "BUILD": Attack(lambda t: around(whole(named(ACTS) + b")\x81" + text(t) + b"b"))),
     "BINPERSID": Attack(lambda t: around(whole(b"(" + text("storage") + mkdir(t) + b"tQ"))),
     "PERSID": Attack(lambda t: around(whole(mkdir(t) + b"0Pstorage\n"))),
     "EXT": Attack(lambda t: around(whole(b"\x82\x01(" + text(t) + b"tR")), "", reason="the opcode EXT1"),

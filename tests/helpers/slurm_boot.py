@@ -1,8 +1,8 @@
-"""A SLURM of two nodes on this machine, until standard input ends: `boot.py FOLDER PROCTRACK own|shared GPUS`.
+"""A SLURM of two nodes on this machine, until standard input ends: `slurm_boot.py FOLDER PROCTRACK own|shared GPUS`.
 
-Started by `tests.slurm.rig`, as root. "own": inside namespaces of its own, where each node has a network, a host name
-and mounts of its own; the end of this process is the end of all that it has started. "shared": on the loopback of the
-machine, on ports that are free, and at the end all that carries the mark of this cluster is killed.
+Started by `tests.helpers.slurm_cluster`, as root. "own": inside namespaces of its own, where each node has a network,
+a host name and mounts of its own; the end of this process is the end of all that it has started. "shared": on the
+loopback of the machine, on ports that are free, and at the end all that carries the mark of this cluster is killed.
 """
 
 import contextlib

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from tests.conftest import ROOT
-from tests.ranks import PATIENCE_S
+from tests.helpers.processes import PATIENCE_S
 
 NEEDED = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "munged")
 FREEZER = Path("/sys/fs/cgroup/freezer")
@@ -26,7 +26,7 @@ TRAINING = (
     "--run.tensorboard", "false", "--model.dropout", "0.2",
 )  # fmt: skip
 """A run of 48 steps, of 8 faces each."""
-SLOW = Path(__file__).with_name("slow")
+SLOW = Path(__file__).with_name("slurm_slow_imports")
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "DEADLINE", "OUT_OF_MEMORY")
 
 
@@ -90,7 +90,7 @@ class Cluster:
         prefix = [*NAMESPACES, "--"] if self.own else []
         words = [str(self.folder), proctrack, "own" if self.own else "shared", str(gpus)]
         self._boot = subprocess.Popen(
-            [*prefix, sys.executable, str(Path(__file__).with_name("boot.py")), *words],
+            [*prefix, sys.executable, str(Path(__file__).with_name("slurm_boot.py")), *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -230,7 +230,7 @@ class Cluster:
 
     def working(self) -> dict[int, str]:
         """The same without the cluster's own daemons."""
-        own = ("slurmctld", "slurmd", "munged", "boot.py", "unshare", "nsenter")
+        own = ("slurmctld", "slurmd", "munged", "slurm_boot.py", "unshare", "nsenter")
         return {pid: command for pid, command in self.processes().items() if not any(name in command for name in own)}
 
 

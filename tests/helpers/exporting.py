@@ -21,8 +21,8 @@ from fer_dist.models import FaceModel
 from fer_dist.serve.artifact import Precision, onnx_metadata
 from fer_dist.serve.dataset import Pictures, open_data
 from fer_dist.serve.runner import Outputs, Runner, open_runner
-from tests.export.nets import copied, graph_of
-from tests.models.tiny import make_lively, tiny_model
+from tests.helpers.onnx_graphs import copied, graph_of
+from tests.helpers.tiny_models import make_lively, tiny_model
 
 SHORTER = {"patt_lite": {"options": {"cut": 3, "width_mult": 0.25, "channels": 32}}}
 """The first blocks of MobileNetV2 will do: the exporter takes a second for each, and all are alike."""

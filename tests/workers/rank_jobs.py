@@ -1,6 +1,6 @@
 """Jobs that every rank of a launch does; each rank leaves what it found in OUT/<rank>.json.
 
-    torchrun --standalone --nproc_per_node=4 tests/workers/jobs.py OUT NAME...
+    torchrun --standalone --nproc_per_node=4 tests/workers/rank_jobs.py OUT NAME...
 
 A launch costs seconds, so one launch does several jobs. A job is a function of (world, folder).
 """
@@ -33,8 +33,17 @@ from fer_dist.engine.step import settle
 from fer_dist.engine.trainer import OnEpoch, fit
 from fer_dist.errors import UserError
 from fer_dist.world import World, join
-from tests.ranks import PATIENCE_S
-from tests.workers.runs import AUGMENTED, CLASSES, broken_run, fake_metrics, message, no_pictures, numbered_faces, tiny
+from tests.helpers.processes import PATIENCE_S
+from tests.helpers.small_runs import (
+    AUGMENTED,
+    CLASSES,
+    broken_run,
+    fake_metrics,
+    message,
+    no_pictures,
+    numbered_faces,
+    tiny,
+)
 
 COUNTS = (1, 2, 3, 17, 3589)
 

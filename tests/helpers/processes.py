@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 WORKERS = ROOT / "tests" / "workers"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 PATIENCE_S = float(os.environ.get("TEST_PATIENCE_S", "600"))

@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from export.graph import to_onnx
 from export.rewrite import cpu_session
 from fer_dist.serve.artifact import ATTENTION, INPUT, LOGITS, PROBABILITIES
-from tests.models.tiny import make_lively, pictures, tiny_model
+from tests.helpers.tiny_models import make_lively, pictures, tiny_model
 
 ARCHS = ("vit", "vit_mae", "patt_lite", "timm:convnext_atto")
 BATCHES = (1, 2, 3, 7)

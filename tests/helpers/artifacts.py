@@ -24,7 +24,7 @@ from fer_dist.serve.artifact import (
     sidecar_json,
 )
 from fer_dist.spec import InputSpec, ModelSpec
-from tests.models.tiny import make_lively, pictures, tiny_model
+from tests.helpers.tiny_models import make_lively, pictures, tiny_model
 
 SIDE, CLASSES = 8, 7
 SPEC = ModelSpec(arch="patt_lite", input=InputSpec(size=SIDE, image_size=SIDE))

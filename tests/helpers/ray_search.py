@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.conftest import ROOT
-from tests.ranks import PATIENCE_S
+from tests.helpers.processes import PATIENCE_S
 
 TINY = (
     "--data.embedded_train", "140", "--data.embedded_val", "70", "--train.epochs", "3",

@@ -1,6 +1,6 @@
 """A run whose last rank dies after its first epoch, once: torchrun starts all ranks again.
 
-torchrun --standalone --nproc_per_node=2 --max-restarts=1 tests/workers/restart.py OUT
+torchrun --standalone --nproc_per_node=2 --max-restarts=1 tests/workers/restart_worker.py OUT
 """
 
 import os
@@ -12,7 +12,7 @@ from fer_dist.commandline import leave
 from fer_dist.engine.runlog import EpochRecord
 from fer_dist.engine.trainer import fit
 from fer_dist.world import join
-from tests.workers.runs import broken_run, no_pictures
+from tests.helpers.small_runs import broken_run, no_pictures
 
 
 def main() -> None:

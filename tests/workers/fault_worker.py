@@ -1,4 +1,4 @@
-"""A run with a fault: torchrun --nproc_per_node=4 --max-restarts=1 tests/workers/fault.py OUT ARCH SETTINGS FAULT
+"""A run with a fault: torchrun --nproc_per_node=4 tests/workers/fault_worker.py OUT ARCH SETTINGS FAULT
 
 SETTINGS (JSON) go over `runs.stateful`; FAULT (JSON) says what happens to whom and when, in the first
 start only. Each step of each start is noted in OUT/ledger-<rank>.jsonl before it is done, with its
@@ -38,8 +38,8 @@ from fer_dist.engine import history, run, step, trainer
 from fer_dist.engine.checkpoint import Checkpoint, digest
 from fer_dist.engine.start import starting_model
 from fer_dist.world import World, join
-from tests.ranks import PATIENCE_S
-from tests.workers.runs import no_pictures, stateful
+from tests.helpers.processes import PATIENCE_S
+from tests.helpers.small_runs import no_pictures, stateful
 
 SLOW_S = float(os.environ.get("SLOW_S", "0"))
 WRITES_PER_EVENT = 40

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from tests.conftest import ROOT
-from tests.scenes import scene
+from tests.helpers.synthetic_scenes import scene
 
 START_S = 120.0
 

@@ -1,6 +1,6 @@
 """A command that ends with a UserError: of all ranks before the group exists, or of rank 1 alone inside of it.
 
-torchrun --standalone --nproc_per_node=2 tests/workers/stumble.py all|one
+torchrun --standalone --nproc_per_node=2 tests/workers/flaky_worker.py all|one
 """
 
 import os

@@ -17,7 +17,7 @@ from fer_dist.engine.checkpoint import digest, load
 from fer_dist.engine.metrics import Metrics
 from fer_dist.engine.optim import Schedule
 from fer_dist.errors import UserError
-from tests.models.tiny import ALL
+from tests.helpers.tiny_models import ALL
 
 CLASSES = 7
 
