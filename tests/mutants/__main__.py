@@ -38,7 +38,7 @@ def main() -> int:
     entries = [(file.stem, entry) for file in arguments.files for entry in yaml.safe_load(file.read_text())]
     entries = [(name, entry) for name, entry in entries if arguments.key in entry]
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        results = list(pool.map(lambda x: report(*x, arguments.revision, arguments.key), entries))
+        results = list(pool.map(lambda pair: report(pair[0], pair[1], arguments.revision, arguments.key), entries))
     counts = {result: results.count(result) for result in ("killed", "survived", "invalid")}
     print(", ".join(f"{count} {result}" for result, count in counts.items()))
     return 2 if counts["invalid"] else int(counts["survived"] > 0)
