@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from tests.conftest import ROOT
-from tests.helpers.processes import PATIENCE_S
+from tests.helpers.processes import TIMEOUT_S
 
 TINY = (
     "--data.embedded_train", "140", "--data.embedded_val", "70", "--train.epochs", "3",
@@ -59,10 +59,10 @@ class Search:
 
     def until(self, seen: Callable[[list[str]], bool], what: str) -> None:
         """Wait for something in what it prints."""
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + TIMEOUT_S
         while not seen(self.lines):
             assert self.process.poll() is None, f"it ended before {what}:\n{self.printed}"
-            assert time.monotonic() < deadline, f"no {what} within {PATIENCE_S:.0f} s:\n{self.printed}"
+            assert time.monotonic() < deadline, f"no {what} within {TIMEOUT_S:.0f} s:\n{self.printed}"
             time.sleep(0.05)
 
     def until_line(self, part: str) -> None:
@@ -70,7 +70,7 @@ class Search:
 
     def wait(self) -> int:
         """Its exit code, once all of its lines have come."""
-        code = self.process.wait(PATIENCE_S)
+        code = self.process.wait(TIMEOUT_S)
         self._close()
         return code
 
