@@ -5,6 +5,7 @@ A process that takes too long is ended and its output shown.
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -42,6 +43,7 @@ class Done:
 
 
 _started: list["Process"] = []
+_servers: list[subprocess.Popen[bytes]] = []
 
 
 class Process:
@@ -61,6 +63,7 @@ class Process:
     ) -> None:
         self._mark = f"t{uuid.uuid4().hex[:14]}"  # the kernel keeps 15 characters of a process's name
         environment = {**os.environ, "PYTHONPATH": str(ROOT), warm_python.MARK: self._mark, **(env or {})}
+        self._process: subprocess.Popen[str]
         self._output = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
         warm = command[0] == sys.executable and (command[1] in ("-m", "-c", "-u") or command[1][0] != "-")
         if fresh or FRESH or not warm:
@@ -77,7 +80,7 @@ class Process:
             start_server()
             with Path(os.devnull).open() as nothing:
                 files = [nothing.fileno(), *(file.fileno() for file in self._output)]
-                self._process = warm_python.start(command[1:], files, str(cwd or ROOT), environment)
+                self._process = warm_python.start(command[1:], files, cwd or ROOT, environment)
 
         _started.append(self)
 
@@ -131,9 +134,14 @@ class Process:
 
 
 def start_server() -> None:
-    """Start the server of warm processes, unless it runs or is not to be used."""
-    if not FRESH and warm_python.ADDRESS not in os.environ:
-        warm_python.start_server()
+    """Start the server of warm processes, unless it runs or is not to be used; it ends with this process."""
+    if FRESH or warm_python.ADDRESS in os.environ:
+        return
+    path = os.environ[warm_python.ADDRESS] = str(Path(tempfile.mkdtemp(prefix="warm")) / "server")
+    warm_python.prctl(warm_python.CHILD_SUBREAPER, 1)
+    command = [sys.executable, warm_python.__file__, path]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    _servers.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment))
 
 
 def wait_for_server() -> None:
@@ -144,7 +152,10 @@ def wait_for_server() -> None:
 
 def kill_leftovers() -> None:
     """End the server and the processes of tests that failed before they could."""
-    warm_python.stop_server()
+    for server in _servers:
+        server.kill()
+        server.wait()
+        shutil.rmtree(Path(os.environ.pop(warm_python.ADDRESS)).parent)
     for process in _started:
         for pid in process.alive():
             with contextlib.suppress(ProcessLookupError):

@@ -3,12 +3,10 @@
 `start` is `subprocess.Popen` for this interpreter (`-m MODULE`, `-c CODE`, `SCRIPT`). The server is this file, run as a
 script: one thread, no process group, MODULES imported. It forks twice, so that the kernel makes the process a child of
 the one that called `start`, its nearest ancestor that is a "child subreaper". A torchrun that runs in such a process
-forks a server of its own for its workers. multiprocessing's fork server starts functions, not commands with streams, a
-folder and an environment of their own; torch's MultiProcessTestCase spawns, since its parent may have used CUDA.
-Variables that are read once, when a new interpreter starts (`PYTHON*`, `OMP_NUM_THREADS`), have no effect.
+forks a server of its own for its workers (docs/decisions/0016-tests.md has the alternatives). Variables that are read
+once, when a new interpreter starts (`PYTHON*`, `OMP_NUM_THREADS`), have no effect.
 """
 
-import array
 import atexit
 import ctypes
 import importlib
@@ -20,7 +18,6 @@ import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
@@ -30,15 +27,16 @@ from typing import Any
 ADDRESS = "TEST_WARM_PYTHON"
 """Environment variable: the path of the server's socket."""
 MARK = "TEST_MARK"
-"""Environment variable: becomes the name of the process in `/proc/PID/comm`, which its forks inherit."""
+"""Environment variable: the name of the process in `/proc/PID/comm`, which its forks inherit."""
 MODULES = (
     *("torch", "torchvision", "timm", "torch.distributed.run", "torch.nn.parallel", "torch.utils.tensorboard"),
     *("transformers.models.vit.modeling_vit", "transformers.models.vit_mae.modeling_vit_mae", "matplotlib.figure"),
     *("matplotlib.backends.backend_agg", "fer_dist.train", "fer_dist.evaluate", "fer_dist.predict"),
 )
-_prctl = ctypes.CDLL(None).prctl
+CHILD_SUBREAPER, PARENT_DEATH_SIGNAL = 36, 1
+prctl = ctypes.CDLL(None).prctl
 _kept: list[Any] = []
-"""Objects that must not be finalized: the server's process, and in a fork the sockets closed by number."""
+"""Sockets that a fork has closed by number: their finalizers would close what has these numbers later."""
 
 
 class WarmProcess(subprocess.Popen[str]):
@@ -50,40 +48,20 @@ class WarmProcess(subprocess.Popen[str]):
         self._child_created, self._waitpid_lock, self._sigint_wait_secs = True, threading.Lock(), 0.25
 
 
-def start(
-    arguments: Sequence[str], files: Sequence[int], cwd: str, env: Mapping[str, str], new_session: bool = False
-) -> WarmProcess:
+def start(arguments: Sequence[str], files: list[int], cwd: Path, environment: Mapping[str, str]) -> WarmProcess:
     """Fork a process that does what `python ARGUMENTS` does; files: descriptors of its stdin, stdout and stderr."""
-    job = json.dumps([list(arguments), cwd, dict(env), new_session])
     while not Path(os.environ[ADDRESS]).exists():  # the server's imports take seconds
         time.sleep(0.01)
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection:
         connection.connect(os.environ[ADDRESS])
-        connection.sendmsg([job.encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", files))])
+        job = json.dumps([list(arguments), str(cwd), dict(environment)])
+        socket.send_fds(connection, [job.encode()], files)
         return WarmProcess(int(connection.recv(64)))
-
-
-def start_server(*, fork: bool = False) -> None:
-    """Start a server that ends with this process; `fork`: from this process itself, which must have one thread."""
-    path = os.environ[ADDRESS] = str(Path(tempfile.mkdtemp(prefix="warm")) / "socket")
-    _prctl(36, 1)  # PR_SET_CHILD_SUBREAPER
-    if not fork:
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[2])}
-        _kept.append(subprocess.Popen([sys.executable, __file__, path], stdin=subprocess.DEVNULL, env=environment))
-    elif os.fork() == 0:
-        run(*serve(path))
-
-
-def stop_server() -> None:
-    """End the server, if this process has started one; the processes that it has forked still run."""
-    if os.environ.pop(ADDRESS, None):
-        _kept[0].kill()
-        _kept[0].wait()
 
 
 def serve(path: str) -> list[Any]:
     """Fork a process for each connection; return in the forked processes only, with their job."""
-    _prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    prctl(PARENT_DEATH_SIGNAL, signal.SIGKILL)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.bind(f"{path}.new")
     listener.listen(64)
@@ -109,13 +87,12 @@ def serve(path: str) -> list[Any]:
             os.close(file)
 
 
-def run(arguments: list[str], cwd: str, environment: dict[str, str], new_session: bool) -> None:
+def run(arguments: list[str], cwd: str, environment: dict[str, str]) -> None:
     """Do what `python ARGUMENTS` does in a new interpreter, and end the process."""
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(cwd)
-    if new_session:
-        os.setsid()
+    os.setsid()  # as torchrun's workers
     Path("/proc/self/comm").write_text(environment.get(MARK, "python"))
     random.seed()
     sys.modules["numpy"].random.seed()
@@ -123,12 +100,10 @@ def run(arguments: list[str], cwd: str, environment: dict[str, str], new_session
     try:
         interpret([argument for argument in arguments if argument != "-u"])
     except SystemExit as end:
-        code = end.code
-        if isinstance(code, str):
-            code = sys.stderr.write(f"{code}\n") and 1
+        code = sys.stderr.write(f"{end.code}\n") and 1 if isinstance(end.code, str) else end.code
     except BaseException as error:
         sys.excepthook(type(error), error, error.__traceback__)
-        code = 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
+        code = 1
     threading._shutdown()  # type: ignore[attr-defined]
     atexit._run_exitfuncs()
     sys.stdout.flush()
@@ -138,9 +113,9 @@ def run(arguments: list[str], cwd: str, environment: dict[str, str], new_session
 
 def interpret(arguments: list[str]) -> None:
     """Run a module, a string of code or a script as `__main__`."""
-    if arguments[0] == "-m" and arguments[1] in ("torch.distributed.run", "fer_dist.launch"):
-        fork_workers()
     if arguments[0] == "-m":
+        if arguments[1] in ("torch.distributed.run", "fer_dist.launch"):
+            fork_workers()
         sys.argv, sys.path[0] = arguments[1:], str(Path.cwd())
         sys.modules.pop(arguments[1], None)  # a new interpreter has it as __main__ only
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
@@ -159,9 +134,12 @@ def fork_workers() -> None:
 
     def popen(handler: Any, args: tuple[str, ...], env: dict[str, str]) -> WarmProcess:
         files = [handler._stdout.fileno() if handler._stdout else 1, handler._stderr.fileno() if handler._stderr else 2]
-        return start(args[1:], [0, *files], str(Path.cwd()), env, new_session=True)
+        return start(args[1:], [0, *files], Path.cwd(), env)
 
-    start_server(fork=True)
+    path = os.environ[ADDRESS] = f"{os.environ[ADDRESS]}-{os.getpid()}"
+    prctl(CHILD_SUBREAPER, 1)
+    if os.fork() == 0:
+        run(*serve(path))
     SubprocessHandler._popen = popen  # type: ignore[assignment, method-assign]
 
 
