@@ -76,9 +76,9 @@ def test_demo_needs_nothing() -> None:
 SETTINGS = {
     "vit": "model.arch=vit model.pretrained=true model.image_size=224 data.augment.flip=0.5 "
     "optim.schedule=plateau train.patience=3 train.monitor=loss",
-    "patt_lite": "model.arch=patt_lite model.pretrained=true model.image_size=none train.global_batch=128 train.epochs=15 optim.name=adam "
-    "optim.lr=1e-4 optim.backbone_lr_scale=1 optim.schedule=constant optim.warmup=0 optim.weight_decay=0 "
-    "train.label_smoothing=0 train.class_weights=none",
+    "patt_lite": "model.arch=patt_lite model.pretrained=true model.image_size=none train.global_batch=128 "
+    "train.epochs=15 optim.name=adam optim.lr=1e-4 optim.backbone_lr_scale=1 optim.schedule=constant optim.warmup=0 "
+    "optim.weight_decay=0 train.label_smoothing=0 train.class_weights=none",
     "vit_mae": "model.arch=vit_mae model.pretrained=true model.image_size=224 model.freeze_depth=4 optim.name=adamw "
     "optim.lr=3e-5 optim.schedule=cosine",
 }
