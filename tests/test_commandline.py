@@ -4,7 +4,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -34,29 +33,23 @@ def test_a_recipe_by_name_or_path(tmp_path: Path) -> None:
 def test_settings(tmp_path: Path) -> None:
     empty = tmp_path / "empty.yaml"
     empty.touch()
-    settings: list[tuple[list[str], str, Any]] = [
-        (["--data", "x.csv"], "data.path", "x.csv"),
-        (["--data.path=x.csv"], "data.path", "x.csv"),
-        (["--data", "a=b.csv"], "data.path", "a=b.csv"),
-        (["--data=a=b.csv"], "data.path", "a=b.csv"),
-        (["--data=--odd"], "data.path", "--odd"),
-        (["--data.path", "a", "--data", "b"], "data.path", "b"),
-        (["--data", "a", "--data.path", "b"], "data.path", "b"),
-        (["--optim.lr", "3e-4"], "optim.lr", 3e-4),
-        (["--optim.lr", "1", "--optim.lr", "2"], "optim.lr", 2.0),
-        (["--train.compile"], "train.compile", True),
-        (["--train.compile", "--run.name", "none"], "train.compile", True),
-        (["--train.compile", "true"], "train.compile", True),
-        (["--run.tensorboard=false"], "run.tensorboard", False),
-        (["--run.name", "none"], "run.name", None),
-        (["--run.name", "-3"], "run.name", "-3"),
-        (["--model.options.depth", "-3"], "model.options", {"depth": -3}),
-        (["--model.options", "{a: 1}", "--model.options.b", "2"], "model.options", {"a": 1, "b": 2}),
-        (["--model.options.b", "2", "--model.options", "{a: 1}"], "model.options", {"a": 1}),
-        (["--model.options", "{a: 1}", "--model.options.b", "2", "--model.options", "{}"], "model.options", {}),
-    ]
-    for words, name, value in settings:
-        assert parsed(*words, "--config", str(empty)) == Config().override({name: value}), words
+    for name, value, *lines in (
+        ("data.path", "x.csv", "--data x.csv", "--data.path=x.csv"),
+        ("data.path", "a=b.csv", "--data a=b.csv", "--data=a=b.csv"),
+        ("data.path", "--odd", "--data=--odd"),
+        ("data.path", "b", "--data.path a --data b", "--data a --data.path b"),  # the last one wins
+        ("optim.lr", 3e-4, "--optim.lr 3e-4", "--optim.lr 1 --optim.lr 3e-4"),
+        ("train.compile", True, "--train.compile", "--train.compile --run.name none", "--train.compile true"),
+        ("run.tensorboard", False, "--run.tensorboard=false", "--run.tensorboard false"),
+        ("run.name", None, "--run.name none"),
+        ("run.name", "-3", "--run.name -3"),
+        ("model.options", {"depth": -3}, "--model.options.depth -3"),
+        ("model.options", {"a": 1, "b": 2}, '--model.options {"a":1} --model.options.b 2'),
+        ("model.options", {"a": 1}, '--model.options.b 2 --model.options {"a":1}'),
+        ("model.options", {}, '--model.options {"a":1} --model.options.b 2 --model.options {}'),
+    ):
+        for line in lines:
+            assert parsed(*str(line).split(), "--config", str(empty)) == Config().override({str(name): value}), line
 
 
 def test_refusals() -> None:

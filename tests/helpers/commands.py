@@ -14,13 +14,13 @@ Capture = pytest.CaptureFixture[str]
 Patch = pytest.MonkeyPatch
 
 
-def refused(capsys: Capture, main: Callable[[], None], *words: object) -> str:
-    """Require exit code 2, one error with its fix and no traceback; return what stands on stderr."""
+def refused(capsys: Capture, main: Callable[[], None], *words: object, fix: bool = True) -> str:
+    """Require exit code 2, one error (with its fix) and no traceback; return what stands on stderr."""
     capsys.readouterr()
     assert command(main, *words) == EXIT_USER_ERROR, words
     err = capsys.readouterr().err
     assert err.count("error: ") == 1, err
-    assert "\n  -> " in err, err
+    assert ("\n  -> " in err) == fix, err
     assert "Traceback" not in err
     return err
 
