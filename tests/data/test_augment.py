@@ -251,7 +251,7 @@ def test_contrast_turns_about_the_mean_of_the_picture() -> None:
 
 def test_values_stay_on_0_to_255() -> None:
     out = shown(noise(), only(brightness=1.0, contrast=1.0))
-    assert (out.min(), out.max()) == (0, 255)
+    assert (out.min().item(), out.max().item()) == (0, 255)
 
 
 # -- erasing

@@ -7,38 +7,26 @@ import pytest
 
 from fer_dist.config import DataConfig
 from fer_dist.data import cache
-from fer_dist.data.faces import TEST, TRAIN, VAL, Faces
+from fer_dist.data.faces import TEST, TRAIN, VAL
 from fer_dist.data.split import training_index
 from fer_dist.spec import LabelSet
 
 
-@pytest.fixture(scope="module")
-def config(real_archive: Path, tmp_path_factory: pytest.TempPathFactory) -> DataConfig:
-    return DataConfig(path=str(real_archive), cache_dir=str(tmp_path_factory.mktemp("cache")))
-
-
-@pytest.fixture(scope="module")
-def real(config: DataConfig) -> Faces:
-    return cache.open_faces(config, LabelSet())
-
-
-def test_counts_per_class_and_split(real: Faces) -> None:
+def test_counts_blanks_copies_and_the_cache(
+    real_archive: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = DataConfig(path=str(real_archive), cache_dir=str(tmp_path))
+    real = cache.open_faces(config, LabelSet())
     counts = {split: np.bincount(real.labels_N[real.part(split)], minlength=7).tolist() for split in (TRAIN, VAL, TEST)}
     assert counts[TRAIN] == [3995, 436, 4097, 7215, 4830, 3171, 4965]
     assert counts[VAL] == [467, 56, 496, 895, 653, 415, 607]  # PublicTest_, although its folder is test/
     assert counts[TEST] == [0] * 7
     assert real.images_NHW.shape == (28_709 + 3_589, 48, 48)
     assert len(set(real.names)) == len(real)
-
-
-def test_blanks_and_copies_of_train(real: Faces) -> None:
     index, _ = training_index(real, drop_copies=False)
     assert len(index) == 28_709 - 11
-    fewer, _ = training_index(real, drop_copies=True)
-    assert len(fewer) < len(index)
+    assert len(training_index(real, drop_copies=True)[0]) < len(index)
 
-
-def test_second_opening_decodes_nothing(real: Faces, config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cache, "read_faces", lambda *_, **__: pytest.fail("decoded again"))
     again = cache.open_faces(config, LabelSet())
     assert again.key == real.key
