@@ -3,20 +3,17 @@
 import json
 from collections.abc import Sequence
 from dataclasses import FrozenInstanceError
-from pathlib import Path
 
 import numpy as np
 import pytest
 from numpy.typing import NDArray
 
 from fer_dist.audit import _sections, draw, summary
-from fer_dist.config import DataConfig
 from fer_dist.data import copies
 from fer_dist.data.audit import Copies, Findings, Picture, audit, exact_groups
-from fer_dist.data.cache import open_faces
 from fer_dist.data.copies import near_pairs
 from fer_dist.data.faces import TEST, TRAIN, VAL, Faces
-from fer_dist.spec import EXPRESSIONS, LabelSet
+from fer_dist.spec import EXPRESSIONS
 from tests.helpers.picture_files import faces_of
 
 ANGRY, DISGUST, FEAR, HAPPY, SAD, SURPRISE, NEUTRAL = range(7)
@@ -174,20 +171,6 @@ def test_the_prefilter_loses_nothing(side: int, near: float, monkeypatch: pytest
     assert 20 < len(want) < 40 * 6  # of the 240 pairs of one base, some are near and some are not
     assert notes == ()
     assert [c for _, _, c, _ in pairs] == sorted((c for _, _, c, _ in pairs), reverse=True)
-
-
-def test_the_prefilter_loses_nothing_on_real_pictures(real_archive: Path) -> None:
-    """3,000 distinct pictures; 0.85 instead of 0.98, for the sake of many pairs, mirrored ones among them."""
-    faces = open_faces(DataConfig(path=str(real_archive)), LabelSet())
-    images_NHW = np.asarray(faces.images_NHW)
-    first_G = np.unique(exact_groups(images_NHW), return_index=True)[1]
-    textured_G = first_G[images_NHW[first_G].std(axis=(1, 2)) >= 3]
-    some_NHW = images_NHW[np.sort(np.random.default_rng(0).choice(textured_G, 3000, replace=False))]
-    pairs, _ = near_pairs(some_NHW, np.arange(3000), 0.85, lambda what, done, total: None)
-    want = brute(some_NHW, 0.85)
-    assert {(a, b, mirrored) for a, b, _, mirrored in pairs} == want
-    assert len(want) > 20
-    assert any(mirrored for *_, mirrored in want)
 
 
 def test_too_many_pairs_end_the_search_with_a_note(monkeypatch: pytest.MonkeyPatch) -> None:

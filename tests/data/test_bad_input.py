@@ -22,6 +22,7 @@ from tests.helpers.picture_files import plain, write_folder, write_zip
 
 PIXELS = " ".join(str(i % 256) for i in range(2304))
 GOOD = f"3,{PIXELS},Training"
+TWO = {"happy/1.png": plain(), "happy/2.png": plain()}
 
 
 def read(path: Path, on_error: Literal["stop", "skip"] = "stop", ferplus: Path | None = None) -> Faces:
@@ -128,9 +129,7 @@ BAD_PICTURES: dict[str, tuple[bytes, str]] = {
     "other format": (plain(form="TIFF"), "no picture of the formats JPEG"),
     "cut JPEG": (plain(form="JPEG")[:-20], "does not decode"),
     "cut PNG": (plain()[:-30], "does not decode"),
-    "5000x5000": (bomb(5000, 5000), "5000x5000 pixels"),
     "bomb that Pillow warns of": (bomb(12_000, 12_000), "does not decode: 12000x12000 pixels"),
-    "bomb": (bomb(60_000, 60_000), "does not decode"),
     "17 MiB": (plain() + b"\0" * 17 * 2**20, "more than a picture may have"),
 }
 
@@ -162,16 +161,16 @@ def test_dangling_link_is_a_bad_picture(tmp_path: Path) -> None:
     refused(tmp_path, "1.png", "cannot be read")
 
 
-@pytest.mark.parametrize("cut", [1, 100, 0.5, 0.0])
-def test_truncated_zip(tmp_path: Path, cut: float) -> None:
-    path = write_zip(tmp_path / "archive.zip", {"happy/1.png": plain()})
+def test_a_truncated_zip_is_refused(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "archive.zip", TWO)
     whole = path.read_bytes()
-    path.write_bytes(whole[: -int(cut)] if cut >= 1 else whole[: int(len(whole) * cut)])
-    refused(path, "archive.zip", "truncated", on_error="skip")
+    for count in (len(whole) - 1, len(whole) - 100, len(whole) // 2, 0):
+        path.write_bytes(whole[:count])
+        refused(path, "archive.zip", "truncated", on_error="skip")
 
 
 def test_damaged_member_is_one_bad_picture(tmp_path: Path) -> None:
-    path = write_zip(tmp_path / "archive.zip", {"happy/1.png": plain(), "happy/2.png": plain()}, zipfile.ZIP_STORED)
+    path = write_zip(tmp_path / "archive.zip", TWO, zipfile.ZIP_STORED)
     raw = bytearray(path.read_bytes())
     raw[raw.index(b"IDAT") + 6] ^= 1
     path.write_bytes(raw)
@@ -180,15 +179,9 @@ def test_damaged_member_is_one_bad_picture(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["../evil.png", "/etc/evil.png", "happy/../../evil.png", "C:/x.png", "..\\evil.png"])
-def test_member_that_escapes(tmp_path: Path, name: str) -> None:
-    path = write_zip(tmp_path / "archive.zip", {"happy/1.png": plain(), name: plain()})
+def test_a_member_that_escapes_is_refused(tmp_path: Path, name: str) -> None:
+    path = write_zip(tmp_path / "archive.zip", TWO | {name: plain()})
     refused(path, "archive.zip", repr(name), "points outside", on_error="skip")
-
-
-def test_archive_that_inflates_beyond_bounds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pictures, "FREE_BYTES", 2**20)
-    path = write_zip(tmp_path / "archive.zip", {f"happy/{i}.bmp": b"\0" * 2**20 for i in range(8)})
-    refused(path, "archive.zip", "would inflate to 8,388,608 bytes", on_error="skip")
 
 
 @pytest.mark.parametrize("name", ["happy/1.png", "fer2013.csv"])
@@ -203,14 +196,16 @@ def test_member_that_lies_about_its_size_is_not_inflated(tmp_path: Path, name: s
     assert peak < 8 * 2**20
 
 
-def test_rare_methods_and_encryption_are_refused(tmp_path: Path) -> None:
-    path = write_zip(tmp_path / "archive.zip", {"happy/1.png": plain()}, zipfile.ZIP_BZIP2)
+def test_bombs_rare_methods_and_encryption_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write_zip(tmp_path / "archive.zip", TWO, zipfile.ZIP_BZIP2)
     refused(path, "member 'happy/1.png'", "packed by method 12", on_error="skip")
-    path = write_zip(tmp_path / "archive.zip", {"happy/1.png": plain(), "happy/2.png": plain()})
-    raw = bytearray(path.read_bytes())
+    raw = bytearray(write_zip(path, TWO).read_bytes())
     raw[raw.index(b"PK\1\2") + 8] |= 1  # of the first alone: the archive is refused, not the member skipped
     path.write_bytes(raw)
     refused(path, "member 'happy/1.png'", "is encrypted", on_error="skip")
+    monkeypatch.setattr(pictures, "FREE_BYTES", 2**20)
+    write_zip(path, {f"happy/{i}.bmp": b"\0" * 2**20 for i in range(8)})
+    refused(path, "archive.zip", "would inflate to 8,388,608 bytes", on_error="skip")
 
 
 def test_bad_parquet(tmp_path: Path) -> None:
