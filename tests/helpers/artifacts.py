@@ -26,7 +26,7 @@ from fer_dist.serve.artifact import (
 from fer_dist.spec import InputSpec, ModelSpec
 from tests.helpers.tiny_models import make_lively, pictures, tiny_model
 
-SIDE, CLASSES = 8, 7
+SIDE, CLASSES = 16, 7  # the smallest pictures that a data set may have
 SPEC = ModelSpec(arch="patt_lite", input=InputSpec(size=SIDE, image_size=SIDE))
 CHECKPOINT = "c" * 64
 _WEIGHT = np.random.default_rng(0).normal(size=(SIDE * SIDE, CLASSES)).astype(np.float32)
@@ -39,7 +39,7 @@ def expected_logits(images_N1SS: Tensor) -> Tensor:
 
 
 def tiny_onnx(precision: Precision = "fp32") -> ModelProto:
-    """Return one linear layer on pictures of 8 x 8 pixels, with everything that an ONNX file of fer_dist has."""
+    """Return one linear layer on pictures of SIDE x SIDE pixels, with everything that an ONNX file of fer_dist has."""
     nodes = [
         helper.make_node("Cast", [INPUT], ["float"], to=TensorProto.FLOAT),
         helper.make_node("Reshape", ["float", "flat"], ["flattened"]),

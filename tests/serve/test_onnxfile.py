@@ -95,7 +95,7 @@ def _label(model: ModelProto) -> None:
 
 
 def _more_outputs(model: ModelProto) -> None:
-    model.graph.output.append(value_info("scaled", TensorProto.FLOAT, ["N", 64]))
+    model.graph.output.append(value_info("scaled", TensorProto.FLOAT, ["N", SIDE * SIDE]))
 
 
 def _stored(**arrays: Any) -> Change:
@@ -145,7 +145,7 @@ SIGNATURE, SHAPES = "inputs and outputs", "graph is invalid|have the shapes"
         (lambda model: model.graph.node.reverse(), "graph is invalid"),
         (lambda model: model.graph.node.append(model.graph.node[0]), "graph is invalid"),
         (_stored(flat=np.array([2, SIDE * SIDE])), SHAPES),
-        (_stored(weight=np.zeros((64, 8), np.float32), bias=np.zeros(8, np.float32)), SHAPES),
+        (_stored(weight=np.zeros((SIDE * SIDE, 8), np.float32), bias=np.zeros(8, np.float32)), SHAPES),
         (_set("opset_import[0].version", 19), r"opset \[19\]"),
         (_set("opset_import[0].domain", "other"), r"opset \[\]"),
         (lambda model: model.ClearField("metadata_props"), "metadata"),
