@@ -1,4 +1,4 @@
-"""The results of a search: tables that agree with its trials, and a best model that can be trained again."""
+"""The results of a search: its board while it runs, tables that agree with its trials, and a best model."""
 
 import csv
 import json
@@ -15,6 +15,7 @@ from fer_dist.config import Config, load_config
 from fer_dist.errors import UserError
 from tests.helpers.search_folders import Terminal, add_trial, epochs
 from tune import pictures
+from tune.board import Board
 from tune.ledger import Ledger, Status, Trial
 from tune.report import show, write_report
 
@@ -191,8 +192,7 @@ def test_a_newline_in_a_name_stays_in_the_comment(tmp_path: Path) -> None:
     made = Made(tmp_path / "runs of\nmine")
     made.add("stopped", (0.5,), optim__lr=0.1)
     made.report(("optim.lr",))
-    text = (made.folder / "best.yaml").read_text()
-    assert [line[:1] for line in text.splitlines()[:3]] == ["#", "#", "s"]
+    assert [line[:1] for line in (made.folder / "best.yaml").read_text().splitlines()[:3]] == ["#", "#", "s"]
     assert load_config(str(made.folder / "best.yaml")).optim.lr == 0.1
 
 
@@ -288,13 +288,19 @@ def test_show_cuts_long_reasons_and_prints_no_markup(made: Made, capsys: pytest.
     assert "a :smile: [b]" in row
 
 
+def terminal_of(rows: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """Replace stdout by a terminal of a size."""
+    for name, value in (("TERM", "xterm"), ("LINES", str(rows)), ("COLUMNS", str(columns))):
+        monkeypatch.setenv(name, value)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    return terminal
+
+
 @pytest.mark.parametrize(("columns", "head"), [(200, "global_batch"), (100, "settings")])
 def test_show_fits_a_terminal(columns: int, head: str, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
     """A setting has its own column if there is room for all of them."""
-    monkeypatch.setenv("COLUMNS", str(columns))
-    monkeypatch.setenv("TERM", "xterm")
-    terminal = Terminal()
-    monkeypatch.setattr(sys, "stdout", terminal)
+    terminal = terminal_of(40, columns, monkeypatch)
     show(made.trials, "accuracy", [*AXES, "train.global_batch", "train.label_smoothing"], made.folder)
     table = re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue()).split("best: ")[0].splitlines()
     assert any(head in line for line in table)
@@ -303,3 +309,24 @@ def test_show_fits_a_terminal(columns: int, head: str, made: Made, monkeypatch: 
     assert "…" not in text
     assert "0.3333" in text
     assert "no?[31m data" in text
+
+
+def test_the_board_prints_lines_without_a_terminal(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    with Board(made.ledger.trials, "accuracy", ["optim.lr"]) as board:
+        board.tell("trial 001 \x1b[2J starts")
+    assert capsys.readouterr().out == "trial 001 ?[2J starts\n"
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(40, 140), (12, 60)])
+def test_the_board_on_a_terminal(rows: int, columns: int, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table has running and ended trials with the newest line, and is wiped at the end."""
+    made.add("running", (0.71,), optim__lr=0.25)
+    terminal = terminal_of(rows, columns, monkeypatch)
+    with Board(made.ledger.trials, "accuracy", ["optim.lr"]) as board:
+        board.tell("trial 005 starts")
+        board.tell("trial 005 epoch 1/3: accuracy 71.00%")
+    text = terminal.getvalue()
+    for word in ("running", "finished", "71.00%", "93.21%", "0.25", "trial 005 epoch 1/3"):
+        assert word in text, text
+    assert text.count("\x1b[2K") > 5, "lines are wiped before others are drawn"
+    assert text.endswith("\x1b[2K"), "nothing is left"

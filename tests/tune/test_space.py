@@ -1,19 +1,45 @@
-"""The search space: valid values, equal in every process, and every combination of a grid once."""
+"""The search space: its file, with errors before anything starts; valid values, equal in every process; grids."""
 
 import itertools
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 
 from fer_dist.config import Config, load_config
 from fer_dist.errors import UserError
 from fer_dist.models import build_model
 from fer_dist.spec import LabelSet
-from tests.helpers.search_spaces import EVERY_KIND, axis, space
 from tests.helpers.tiny_models import ALL, tiny_config
-from tune.space import depth_of, value_of
+from tune import space as space_module
+from tune.space import Axis, Space, depth_of, value_of
+from tune.spacefile import FIXED, default_space, read_space, space_of
+
+EVERY_KIND: dict[str, Any] = {
+    "optim.lr": {"log_uniform": ["1e-5", 1.0e-2]},
+    "data.augment.mixup": {"uniform": [0, 0.4]},
+    "optim.plateau_patience": {"integer": [0, 4]},
+    "train.global_batch": {"choice": [32, 64, 128]},
+    "optim.name": ["adam", "adamw"],
+    "model.image_size": {"choice": [None, 96]},
+    "model.options.cut": [8, 10],
+    "train.compile": [True, False],
+}
+
+
+def space(tree: Any, config: Config | None = None, workers: int = 1) -> Space:
+    return space_of(tree, config or Config(), workers, "here.yaml")
+
+
+def axis(item: Any, name: str) -> Axis:
+    (made,) = space({name: item}).axes
+    return made
+
+
+# Samples and grids
 
 
 def test_samples_lie_in_the_range_and_reach_all_of_it() -> None:
@@ -83,8 +109,8 @@ def test_axes_are_independent() -> None:
 
 def test_a_sample_is_its_own_copy() -> None:
     made = space({"model.options": [{"cut": 8}]})
-    made.sample(0, 0)["model.options"]["cut"] = 3
-    made.grid(0)[0]["model.options"]["cut"] = 3
+    for values in (made.sample(0, 0), made.grid(0)[0]):
+        values["model.options"]["cut"] = 3
     assert made.sample(0, 0) == {"model.options": {"cut": 8}}
 
 
@@ -103,7 +129,268 @@ def test_a_grid_has_each_combination_once_in_an_order_of_the_seed() -> None:
         space({"seed": {"integer": [0, 999_999]}}).grid(0)
 
 
+# Values
+
+
+@pytest.mark.parametrize(
+    ("name", "item", "wanted"),
+    [
+        ("train.global_batch", [64.0, "32", "1e2"], (64, 32, 100)),
+        ("optim.weight_decay", [1, "1e-5", 0], (1.0, 1e-5, 0.0)),
+        ("optim.name", ["adam"], ("adam",)),
+        ("train.compile", ["true", False], (True, False)),
+        ("model.image_size", [None, "96"], (None, 96)),
+        ("model.options.cut", ["8", 10], (8, 10)),
+        ("model.options", [{"cut": 8}, {"cut": 10, "heads": 4}], ({"cut": 8}, {"cut": 10, "heads": 4})),
+        ("optim.plateau_patience", {"integer": ["1e0", 3.0]}, (1, 2, 3)),
+        ("optim.plateau_patience", {"integer": [3, 3]}, (3,)),
+        ("model.options.cut", {"integer": [8.0, "9"]}, (8, 9)),
+        ("optim.lr", {"log_uniform": ["1e-5", 1]}, (1e-5, 1.0)),
+        ("data.augment.mixup", {"uniform": [0, "0.4"]}, (0.0, 0.4)),
+        ("model.options.attention_dropout", {"uniform": [0, 0.5]}, (0.0, 0.5)),
+    ],
+)
+def test_values_are_those_that_the_config_holds(name: str, item: Any, wanted: tuple[Any, ...]) -> None:
+    made = axis(item, name)
+    values = made.values or (made.low, made.high)
+    assert values == wanted
+    assert [type(value) for value in values] == [type(value) for value in wanted]
+
+
+def test_true_is_not_one() -> None:
+    """Options of timm's constructors have no declared type."""
+    (made,) = space({"model.options.zero_init_last": [True, 1]}, Config().override(ALL["timm:resnet18"])).axes
+    assert [type(value) for value in made.choices] == [bool, int]
+
+
+@pytest.mark.parametrize("tree", [EVERY_KIND, {"model.options": [{"cut": 8, "width_mult": 0.5}, {}]}])
+def test_a_written_space_is_read_back(tree: dict[str, Any], tmp_path: Path) -> None:
+    made = space(tree)
+    path = tmp_path / "space.yaml"
+    path.write_text(yaml.safe_dump(made.to_dict(), sort_keys=False), encoding="utf-8")
+    assert space(made.to_dict()) == made == read_space(path, Config(), 1)
+
+
+# The file
+
+
+def test_a_file_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "space.yaml"
+    path.write_text(
+        """
+        optim.lr: {log_uniform: [1e-5, 1.0e-2]}   # 1e-5 is a text to YAML 1.1
+        optim: {name: [adam, adamw], weight_decay: &small {uniform: [0, 1e-1]}}
+        data:
+          augment: {mixup: *small}
+        train.global_batch: {choice: [32, 64, 128]}
+        model: {freeze_depth: {integer: [0, null]}, options: {cut: [8, 10]}, image_size: [null, 64]}
+        """,
+        encoding="utf-8",
+    )
+    assert read_space(path, Config(), 4) == Space(
+        axes=(
+            Axis(name="optim.lr", kind="log_uniform", low=1e-5, high=1e-2),
+            Axis(name="optim.name", kind="choice", choices=("adam", "adamw")),
+            Axis(name="optim.weight_decay", kind="uniform", low=0.0, high=0.1),
+            Axis(name="data.augment.mixup", kind="uniform", low=0.0, high=0.1),
+            Axis(name="train.global_batch", kind="choice", choices=(32, 64, 128)),
+            Axis(name="model.freeze_depth", kind="integer", low=0, high=8),
+            Axis(name="model.options.cut", kind="choice", choices=(8, 10)),
+            Axis(name="model.image_size", kind="choice", choices=(None, 64)),
+        )
+    )
+    with pytest.raises(UserError, match=r"cannot read .*: Is a directory"):
+        read_space(tmp_path, Config(), 1)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{}", "found nothing, expected a mapping"),
+        ("- optim.lr\n", "found a list, expected a mapping"),
+        ("optim.lr", "found a str"),
+        ("optim.lr: [1e-3", "is not YAML"),
+        ("optim.lr: !!python/name:os.system", "is not YAML"),
+        ("seed: [2020-13-45]", "is not YAML"),
+        ("[" * 5000, "is not YAML"),
+        (b"\xff\xfe\x00", "is not YAML"),
+        ("seed: [1]\n\noptim.lr: [1]\nseed: [2]\n", "seed is there twice, in lines 1 and 4"),
+        ("optim:\n  lr: [1]\n  'lr': [2]\n", "lr is there twice, in lines 2 and 3"),
+        ("model.options: [{cut: 8, cut: 9}]", "cut is there twice"),
+        ("optim.lr: [1]\noptim: {lr: [2]}", "optim.lr is there twice"),
+        ("model.options: [{}]\nmodel.options.cut: [2]", "model.options and model.options.cut overlap"),
+        ("model.options: [&all {cut: *all}]", "model.options: a value holds itself"),
+    ],
+)
+def test_a_bad_file_is_refused(text: str | bytes, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "space.yaml"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UserError) as caught:
+        read_space(path, Config(), 1)
+    assert caught.value.problem.startswith(str(path))
+    assert message in caught.value.problem
+    assert caught.value.fix
+
+
+# Bad axes
+
+
+@pytest.mark.parametrize(
+    ("name", "item", "problem", "fix"),
+    [
+        # the name
+        ("optim.lrr", [1], "unknown setting 'optim.lrr'", "'optim.lr'"),
+        ("optim.lr.x", [1], "unknown setting 'optim.lr.x'", "did you mean"),
+        ("optim", [1], "optim is a section, not a value", "optim.lr"),
+        ("optim", {"uniform": [0, 1]}, "optim is a section", "optim.lr"),
+        ("optim", {"lrr": [1]}, "unknown setting 'optim.lrr'", "'optim.lr'"),
+        ("run.kep", [1, 2], "unknown setting 'run.kep'", "run.keep"),
+        # the kind
+        ("optim.lr", {"log_unform": [1, 2]}, "unknown kind 'log_unform', expected one of uniform", "'log_uniform'"),
+        ("optim.lr", {7: [1, 2]}, "unknown kind 7", "did you mean"),
+        ("optim.lr", 0.1, "optim.lr is 0.1, expected a list of values, or one of", "uniform: [LOW, HIGH]"),
+        ("optim.name", "adam", "optim.name is 'adam', expected a list", "optim.name: [VALUE, VALUE]"),
+        ("optim.lr", {}, "optim.lr is {}, expected a list", "uniform"),
+        ("optim.lr", {"uniform": [1, 2], "choice": [1]}, "expected a list of values, or one of", "uniform"),
+        ("optim.lr", {"uniform": 0.1}, "uniform of 0.1, expected a list", "{uniform: [LOW, HIGH]}"),
+        ("optim.lr", {"choice": 0.1}, "choice of 0.1, expected a list", "[VALUE, VALUE]"),
+        ("optim.lr", {"uniform": [0.1]}, "uniform of 1 number", "{uniform: [LOW, HIGH]}"),
+        ("seed", {"integer": []}, "integer of 0 numbers", "{integer: [LOW, HIGH]}"),
+        ("train.global_batch", {"uniform": [8, 16]}, "uniform draws fractions", "{integer: [LOW, HIGH]}"),
+        ("optim.name", {"uniform": [0, 1]}, "uniform draws fractions", "[VALUE, VALUE]"),
+        ("train.compile", {"integer": [0, 1]}, "integer draws whole numbers", "[VALUE, VALUE]"),
+        ("optim.lr", {"integer": [1, 2]}, "integer draws whole numbers", "{uniform: [LOW, HIGH]}"),
+        # the values: the Config's own bounds, in a list and at the ends of a range
+        ("optim.lr", [0.1, "abc"], "optim.lr is 'abc', expected a number", "0.001"),
+        ("optim.lr", {"uniform": [0, 1]}, "optim.lr is 0.0, expected > 0", "learning rate"),
+        ("optim.lr", {"log_uniform": [None, 1]}, "optim.lr is None, expected a number", "0.001"),
+        ("model.image_size", {"integer": [None, 96]}, "integer with an end None, expected a whole number", "integer"),
+        ("model.options.cut", {"integer": [8, True]}, "integer with an end True", "[LOW, HIGH]"),
+        ("model.options.cut", {"integer": [8, 9.5]}, "integer with an end 9.5, expected a whole number", "[LOW, HIGH]"),
+        ("model.options.width_mult", {"uniform": [0, "x"]}, "uniform with an end 'x', expected a number", "[LOW,"),
+        ("optim.weight_decay", {"uniform": [0, math.inf]}, "optim.weight_decay is inf", "weight decay"),
+        ("model.options.width_mult", ["nan"], "expected a finite number", "VALUE"),
+        ("model.options", [{"width_mult": [math.nan]}], "expected a finite number", "VALUE"),
+        ("model.options.cut", [10**400], "a number is too large", "smaller"),
+        ("model.options.hidden_act", ["'8'"], "quotes inside of quotes", "write 8"),
+        # the range
+        ("optim.lr", {"uniform": [0.2, 0.1]}, "uniform from 0.2 to 0.1, expected the lowest below", "[0.1, 0.2]"),
+        ("optim.lr", {"log_uniform": [0.2, "2e-1"]}, "log_uniform from 0.2 to 0.2", "optim.lr: [0.2]"),
+        ("seed", {"integer": [3, 2]}, "integer from 3 to 2", "[2, 3]"),
+        ("seed", {"integer": [1, 1_000_001]}, "1000001 whole numbers, expected at most 1000000", "closer"),
+        ("optim.weight_decay", {"log_uniform": [0, 0.1]}, "log_uniform from 0.0, expected more than 0", "0.0001"),
+        # the choice
+        ("optim.lr", [], "optim.lr has no value to choose from", "uniform"),
+        ("optim.name", {"choice": []}, "optim.name has no value to choose from", "[VALUE, VALUE]"),
+        ("model.image_size", [None, "96", "none"], "model.image_size has the value None twice", "leave one"),
+        ("train.global_batch", [64, "64.0"], "train.global_batch has the value 64 twice", "leave one"),
+        ("model.options.cut", [8, 8.0], "model.options.cut has the value 8.0 twice", "leave one"),
+        ("model.options", [{"cut": 8}, {"cut": 8}], "model.options has the value {'cut': 8} twice", "leave one"),
+    ],
+)
+def test_a_bad_axis_is_refused(name: str, item: Any, problem: str, fix: str) -> None:
+    with pytest.raises(UserError) as caught:
+        space({"optim.momentum": [0.9], name: item})
+    assert caught.value.problem.startswith("here.yaml: ")
+    assert problem in caught.value.problem
+    assert fix in caught.value.fix
+
+
+def test_settings_that_all_trials_share_cannot_be_searched() -> None:
+    fixed = (
+        "train.epochs", "train.monitor", "train.flip_tta", "data.path", "data.ferplus", "data.cache_dir",
+        "data.val_fraction", "data.embedded_val", "data.embedded_seed",
+    )  # fmt: skip
+    assert set(fixed) == set(FIXED)
+    for name in (*fixed, "run.dir", "run.keep"):
+        section, _, field = name.partition(".")
+        for tree in ({name: [1, 2]}, {section: {field: [1, 2]}}):
+            with pytest.raises(UserError, match=f"{name} is the same for all trials .*\n.*--{name} VALUE"):
+                space(tree)
+
+
+# Batches and workers
+
+
+@pytest.mark.parametrize(
+    ("item", "shown", "fits"),
+    [
+        ([32, 30, 50], "4 workers of a trial do not divide 30, 50", "train.global_batch: [32, 48]"),
+        ([1], "do not divide 1", "train.global_batch: [4]"),
+        ({"integer": [32, 36]}, "do not divide 33, 34, 35", "train.global_batch: [32, 36]"),
+        ({"integer": [8, 108]}, "do not divide 9, 10, 11, 13, 14, ...", "train.global_batch: [8, 32, 56, 80, 104]"),
+    ],
+)
+def test_workers_share_every_batch(item: Any, shown: str, fits: str) -> None:
+    with pytest.raises(UserError) as caught:
+        space({"train.global_batch": item}, workers=4)
+    assert shown in caught.value.problem
+    assert fits in caught.value.fix
+    assert space({"train.global_batch": item})
+    assert space(yaml.safe_load(caught.value.fix.partition("; ")[2]), workers=4)
+
+
+def test_workers_share_the_batch_of_the_config() -> None:
+    with pytest.raises(UserError, match=r"3 workers of a trial do not divide 64\n  -> --train.global_batch 63"):
+        space({"optim.lr": [0.1]}, workers=3)
+    assert space({"train.global_batch": [33, 66]}, workers=3)
+
+
 # Networks and their depth
+
+
+def test_freeze_depth_ends_at_the_depth() -> None:
+    """Null is the depth of the network, but only as the second of two ends."""
+    config = tiny_config("vit")
+    for item in ({"integer": [0, 3]}, {"integer": [3, 3]}, [0, 3], [3]):
+        with pytest.raises(UserError, match=r"goes up to 3, but the network has 2 blocks\n.*\{integer: \[0, 2\]\}"):
+            space({"model.freeze_depth": item}, config)
+    (made,) = space({"model.freeze_depth": {"integer": [1, None]}}, config).axes
+    assert made.values == (1, 2)
+    for bad in ({"integer": [None, 1]}, {"integer": [0, None, 1]}, {"integer": [3, None]}, [None]):
+        with pytest.raises(UserError, match=r"model\.freeze_depth"):
+            space({"model.freeze_depth": bad}, config)
+
+
+@pytest.mark.parametrize("item", [[13, 5, 8], {"integer": [5, 13]}])
+def test_depth_is_that_of_the_smallest_network_searched(item: Any) -> None:
+    tree = {"model.freeze_depth": {"integer": [0, None]}, "model.options.cut": item}
+    assert space(tree).axes[0].high == 5
+    with pytest.raises(UserError, match="goes up to 6, but the smallest network has 5 blocks"):
+        space({**tree, "model.freeze_depth": [0, 6]})
+    with pytest.raises(UserError, match="goes up to 6, but the smallest network has 5 blocks"):
+        space({"model.options.cut": item}, Config().override({"model.freeze_depth": 6}))
+
+
+@pytest.mark.parametrize(
+    ("tree", "problem"),
+    [
+        ({"model.options.cutt": [8, 9]}, "patt_lite has no option model.options.cutt (with model.options.cutt 8)"),
+        ({"model.options.cut": {"choise": [8]}}, "unknown kind 'choise'"),
+        ({"model.options.cut": {"uniform": [8, 9]}}, "model.options.cut is 8.0, expected int"),
+        ({"model.options.cut": [8, 18]}, "MobileNetV2 has 17 blocks"),
+        ({"model.arch": ["patt_lite", "vitt"]}, "unknown architecture 'vitt'"),
+        ({"model.options.channels": {"integer": [64, 128]}}, "channels is 65, not a multiple of heads = 8"),
+        ({"model.options.channels": [64, 96], "model.options.heads": [8, 12]}, "channels is 64, not a multiple of"),
+    ],
+)
+def test_a_network_that_cannot_be_built_is_refused(tree: dict[str, Any], problem: str) -> None:
+    with pytest.raises(UserError) as caught:
+        space(tree)
+    assert problem in caught.value.problem
+
+
+def test_many_networks_are_not_all_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    built: list[Config] = []
+
+    def depth(config: Config) -> int:
+        built.append(config)
+        return 9
+
+    monkeypatch.setattr(space_module, "depth_of", depth)
+    tree = {"model.options.cut": list(range(1, 18)), "model.options.channels": [8 * n for n in range(1, 33)]}
+    assert len(space(tree).grid(0)) == 17 * 32
+    assert len(built) == 64
 
 
 def test_depth_is_that_of_the_network() -> None:
@@ -127,3 +414,28 @@ def test_depth_of_a_large_network_takes_no_memory(monkeypatch: pytest.MonkeyPatc
     assert depth_of(load_config("vit")) == 12
     assert len(made) > 100
     assert set(made) == {"meta"}
+
+
+# The default
+
+
+def test_default_space_is_around_the_config() -> None:
+    config = tiny_config("vit").override({"optim.lr": 3e-4, "train.global_batch": 48})
+    made = default_space(config, 4)
+    assert made.to_dict() == {
+        "optim.lr": {"log_uniform": [3e-5, 3e-3]},
+        "train.global_batch": {"choice": [24, 48, 96]},
+        "model.freeze_depth": {"integer": [0, 2]},
+    }
+    assert space_of(made.to_dict(), config, 4, "") == made
+
+
+def test_default_batches_fit_the_workers() -> None:
+    for batch, workers, wanted in (
+        (64, 1, [32, 64, 128]), (1, 1, [1, 2]), (1, 2, [2]), (6, 4, [12]), (5, 5, [5, 10]), (12, 8, [24]),
+    ):  # fmt: skip
+        config = tiny_config("vit").override({"train.global_batch": batch})
+        assert default_space(config, workers).to_dict()["train.global_batch"] == {"choice": wanted}
+    config = tiny_config("vit").override({"train.global_batch": 30})
+    with pytest.raises(UserError, match=r"train\.global_batch is 30, and 8 workers.*\n  -> --train\.global_batch 32"):
+        default_space(config, 8)
