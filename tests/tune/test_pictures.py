@@ -1,9 +1,8 @@
 """search.png: drawn without a warning for any search, with the values of its trials."""
 
 import random
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import matplotlib as mpl
 import matplotlib.text
@@ -32,19 +31,14 @@ def trial(number: int, lr: float, optimizer: str, scores: list[float], status: S
 def trials(count: int, axes: list[str]) -> list[Trial]:
     """Return trials with random values: fractions, whole numbers, texts, numbers or none, and booleans in turn."""
     source = random.Random(0)
+    rates = [10 ** source.uniform(-5, -1) for _ in range(50)]
     texts = ["adam", "a very long name of something, longer than any", "数据 $x_{", "tab\tand\nline"]
-    draw: list[Callable[[], Any]] = [
-        lambda: 10 ** source.uniform(-5, -1),
-        lambda: source.randint(0, 9),
-        lambda: source.choice(texts),
-        lambda: source.choice([None, 8, 16]),
-        lambda: source.choice([True, False]),
-    ]
+    pools: list[list[Any]] = [rates, [*range(10)], texts, [None, 8, 16], [True, False]]
     found = []
     for number in range(1, count + 1):
-        values = {name: draw[i % len(draw)]() for i, name in enumerate(axes)}
+        values = {name: source.choice(pools[i % len(pools)]) for i, name in enumerate(axes)}
         records = epochs(*[source.uniform(0.3, 0.9) for _ in range(source.randint(1, 8))])
-        status: Status = source.choice(["finished", "stopped", "failed", "running"])
+        status = source.choice(get_args(Status))
         found.append(Trial(id=f"{number:03d}", folder=Path(), values=values, status=status, records=records))
     return found
 

@@ -39,9 +39,6 @@ def axis(item: Any, name: str) -> Axis:
     return made
 
 
-# Samples and grids
-
-
 def test_samples_lie_in_the_range_and_reach_all_of_it() -> None:
     made = space(EVERY_KIND)
     samples = [made.sample(3, number) for number in range(2000)]
@@ -129,9 +126,6 @@ def test_a_grid_has_each_combination_once_in_an_order_of_the_seed() -> None:
         space({"seed": {"integer": [0, 999_999]}}).grid(0)
 
 
-# Values
-
-
 @pytest.mark.parametrize(
     ("name", "item", "wanted"),
     [
@@ -169,9 +163,6 @@ def test_a_written_space_is_read_back(tree: dict[str, Any], tmp_path: Path) -> N
     path = tmp_path / "space.yaml"
     path.write_text(yaml.safe_dump(made.to_dict(), sort_keys=False), encoding="utf-8")
     assert space(made.to_dict()) == made == read_space(path, Config(), 1)
-
-
-# The file
 
 
 def test_a_file_is_read(tmp_path: Path) -> None:
@@ -232,15 +223,11 @@ def test_a_bad_file_is_refused(text: str | bytes, message: str, tmp_path: Path) 
     assert caught.value.fix
 
 
-# Bad axes
-
-
 @pytest.mark.parametrize(
     ("name", "item", "problem", "fix"),
     [
         # the name
         ("optim.lrr", [1], "unknown setting 'optim.lrr'", "'optim.lr'"),
-        ("optim.lr.x", [1], "unknown setting 'optim.lr.x'", "did you mean"),
         ("optim", [1], "optim is a section, not a value", "optim.lr"),
         ("optim", {"uniform": [0, 1]}, "optim is a section", "optim.lr"),
         ("optim", {"lrr": [1]}, "unknown setting 'optim.lrr'", "'optim.lr'"),
@@ -250,12 +237,10 @@ def test_a_bad_file_is_refused(text: str | bytes, message: str, tmp_path: Path) 
         ("optim.lr", {7: [1, 2]}, "unknown kind 7", "did you mean"),
         ("optim.lr", 0.1, "optim.lr is 0.1, expected a list of values, or one of", "uniform: [LOW, HIGH]"),
         ("optim.name", "adam", "optim.name is 'adam', expected a list", "optim.name: [VALUE, VALUE]"),
-        ("optim.lr", {}, "optim.lr is {}, expected a list", "uniform"),
         ("optim.lr", {"uniform": [1, 2], "choice": [1]}, "expected a list of values, or one of", "uniform"),
         ("optim.lr", {"uniform": 0.1}, "uniform of 0.1, expected a list", "{uniform: [LOW, HIGH]}"),
         ("optim.lr", {"choice": 0.1}, "choice of 0.1, expected a list", "[VALUE, VALUE]"),
         ("optim.lr", {"uniform": [0.1]}, "uniform of 1 number", "{uniform: [LOW, HIGH]}"),
-        ("seed", {"integer": []}, "integer of 0 numbers", "{integer: [LOW, HIGH]}"),
         ("train.global_batch", {"uniform": [8, 16]}, "uniform draws fractions", "{integer: [LOW, HIGH]}"),
         ("optim.name", {"uniform": [0, 1]}, "uniform draws fractions", "[VALUE, VALUE]"),
         ("train.compile", {"integer": [0, 1]}, "integer draws whole numbers", "[VALUE, VALUE]"),
@@ -263,7 +248,6 @@ def test_a_bad_file_is_refused(text: str | bytes, message: str, tmp_path: Path) 
         # the values: the Config's own bounds, in a list and at the ends of a range
         ("optim.lr", [0.1, "abc"], "optim.lr is 'abc', expected a number", "0.001"),
         ("optim.lr", {"uniform": [0, 1]}, "optim.lr is 0.0, expected > 0", "learning rate"),
-        ("optim.lr", {"log_uniform": [None, 1]}, "optim.lr is None, expected a number", "0.001"),
         ("model.image_size", {"integer": [None, 96]}, "integer with an end None, expected a whole number", "integer"),
         ("model.options.cut", {"integer": [8, True]}, "integer with an end True", "[LOW, HIGH]"),
         ("model.options.cut", {"integer": [8, 9.5]}, "integer with an end 9.5, expected a whole number", "[LOW, HIGH]"),
@@ -281,7 +265,6 @@ def test_a_bad_file_is_refused(text: str | bytes, message: str, tmp_path: Path) 
         ("optim.weight_decay", {"log_uniform": [0, 0.1]}, "log_uniform from 0.0, expected more than 0", "0.0001"),
         # the choice
         ("optim.lr", [], "optim.lr has no value to choose from", "uniform"),
-        ("optim.name", {"choice": []}, "optim.name has no value to choose from", "[VALUE, VALUE]"),
         ("model.image_size", [None, "96", "none"], "model.image_size has the value None twice", "leave one"),
         ("train.global_batch", [64, "64.0"], "train.global_batch has the value 64 twice", "leave one"),
         ("model.options.cut", [8, 8.0], "model.options.cut has the value 8.0 twice", "leave one"),
@@ -309,9 +292,6 @@ def test_settings_that_all_trials_share_cannot_be_searched() -> None:
                 space(tree)
 
 
-# Batches and workers
-
-
 @pytest.mark.parametrize(
     ("item", "shown", "fits"),
     [
@@ -328,15 +308,8 @@ def test_workers_share_every_batch(item: Any, shown: str, fits: str) -> None:
     assert fits in caught.value.fix
     assert space({"train.global_batch": item})
     assert space(yaml.safe_load(caught.value.fix.partition("; ")[2]), workers=4)
-
-
-def test_workers_share_the_batch_of_the_config() -> None:
-    with pytest.raises(UserError, match=r"3 workers of a trial do not divide 64\n  -> --train.global_batch 63"):
-        space({"optim.lr": [0.1]}, workers=3)
-    assert space({"train.global_batch": [33, 66]}, workers=3)
-
-
-# Networks and their depth
+    with pytest.raises(UserError, match=r"4 workers of a trial do not divide 66\n  -> --train.global_batch 64"):
+        space({"optim.lr": [0.1]}, Config().override({"train.global_batch": 66}), workers=4)
 
 
 def test_freeze_depth_ends_at_the_depth() -> None:
@@ -414,9 +387,6 @@ def test_depth_of_a_large_network_takes_no_memory(monkeypatch: pytest.MonkeyPatc
     assert depth_of(load_config("vit")) == 12
     assert len(made) > 100
     assert set(made) == {"meta"}
-
-
-# The default
 
 
 def test_default_space_is_around_the_config() -> None:
