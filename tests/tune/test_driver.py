@@ -80,9 +80,8 @@ def test_values_are_in_the_ledger(searcher: Searcher, tmp_path: Path) -> None:
     first = source(tmp_path, searcher, 15)
     assert first.suggest("ray")["values"] == Ledger(tmp_path).trials()[0].values, "before Ray starts the trial"
     given = drain(source(tmp_path, searcher, 15))
-    assert [(one.id, one.values) for one in Ledger(tmp_path).trials()] == [
-        (one["trial"], one["values"]) for one in given
-    ]
+    found = [{"trial": one.id, "values": one.values} for one in Ledger(tmp_path).trials()]
+    assert found == given
     assert len({one["values"]["optim.lr"] for one in given}) == 15
     assert {one["values"]["optim.name"] for one in given} == {"adam", "sgd"}
     for one in given:

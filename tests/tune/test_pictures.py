@@ -69,8 +69,13 @@ def figure(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
     saved: list[Figure] = []
     save, before = Figure.savefig, dict(mpl.rcParams)
+
+    def keep(figure: Figure, *arguments: Any, **keywords: Any) -> None:
+        saved.append(figure)
+        save(figure, *arguments, **keywords)
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Figure, "savefig", lambda figure, *a, **b: (saved.append(figure), save(figure, *a, **b)))
+        patch.setattr(Figure, "savefig", keep)
         search_picture(THREE, AXES, "accuracy", tmp_path_factory.mktemp("three") / "search.png", "a search")
     assert plt.get_fignums() == []
     assert dict(mpl.rcParams) == before

@@ -112,14 +112,10 @@ def test_results_csv(made: Made) -> None:
     assert [failed[name] for name in ("epochs", "best_epoch", "accuracy", "loss")] == ["0", "", "", ""]
     assert failed["train.micro_batch"] == "", "it has no value"
     assert failed["reason"] == "UserError: no?[31m data -> give some"
-
-
-def test_results_csv_by_loss(made: Made) -> None:
     made.config = made.config.override({"train.monitor": "loss"})
     assert made.report().best.id == "001", "of equals the first"
-    rows = made.rows()
-    assert list(rows[0])[7:10] == ["loss", "accuracy", "macro_f1"]
-    assert [row["best_epoch"] for row in rows] == ["1", "1", "1", ""]
+    assert list(made.rows()[0])[7:10] == ["loss", "accuracy", "macro_f1"]
+    assert [row["best_epoch"] for row in made.rows()] == ["1", "1", "1", ""]
 
 
 @pytest.mark.parametrize(
