@@ -1,4 +1,4 @@
-"""A search as a person starts it, watched from outside: what it prints, which processes it has, what they listen on."""
+"""A search as a user starts it, watched from outside: its output, its processes and the addresses they listen on."""
 
 import contextlib
 import os
@@ -10,6 +10,7 @@ import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from typing import Self
 
 from tests.conftest import ROOT
 from tests.helpers.processes import TIMEOUT_S
@@ -26,80 +27,77 @@ optim.weight_decay: {uniform: [0.0, 0.1]}
 data.augment.mixup: [0.0, 0.2]
 model.options.cut: [8, 10]
 """
+LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
 
 
 class Search:
-    """`python -m tune.search` in a folder; every process that it starts is known by a mark in its environment."""
+    """Run `python -m tune.search` in a folder; a mark in the environment finds every process that it starts."""
 
-    def __init__(self, folder: Path, *words: str, tiny: bool = True, **environment: str) -> None:
-        self.folder, self.mark = folder, f"FER_DIST_MARK={uuid.uuid4().hex}"
-        name, _, value = self.mark.partition("=")
-        environment = {**os.environ, name: value, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | environment
+    def __init__(self, folder: Path, *words: str, **environment: str) -> None:
+        self.folder, self.lines, mark = folder, list[str](), uuid.uuid4().hex
+        self.mark = f"FER_DIST_MARK={mark}"
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tune.search", *(TINY if tiny else ()), *words],
+            [sys.executable, "-m", "tune.search", *(() if "--resume" in words else TINY), *words],
             cwd=folder,
-            env=environment,
+            env={**os.environ, "FER_DIST_MARK": mark, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1"} | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
         )
-        self.lines: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
 
     def _read(self) -> None:
         assert self.process.stdout is not None
-        for line in self.process.stdout:
-            self.lines.append(line.rstrip("\n"))
+        with self.process.stdout as output:
+            for line in output:
+                self.lines.append(line.rstrip("\n"))
 
     @property
     def printed(self) -> str:
         return "\n".join(self.lines)
 
-    def until(self, seen: Callable[[list[str]], bool], what: str) -> None:
-        """Wait for something in what it prints."""
+    def until(self, seen: Callable[[str], bool]) -> None:
+        """Wait for something in the output."""
         deadline = time.monotonic() + TIMEOUT_S
-        while not seen(self.lines):
-            assert self.process.poll() is None, f"it ended before {what}:\n{self.printed}"
-            assert time.monotonic() < deadline, f"no {what} within {TIMEOUT_S:.0f} s:\n{self.printed}"
+        while not seen(self.printed):
+            assert self.process.poll() is None, f"the search ended too early:\n{self.printed}"
+            assert time.monotonic() < deadline, f"not seen within {TIMEOUT_S:.0f} s:\n{self.printed}"
             time.sleep(0.05)
 
-    def until_line(self, part: str) -> None:
-        self.until(lambda lines: any(part in line for line in lines), f"line with {part!r}")
-
     def wait(self) -> int:
-        """Its exit code, once all of its lines have come."""
+        """Return the exit code when all output has been read."""
         code = self.process.wait(TIMEOUT_S)
-        self._close()
+        self._reader.join(30)
         return code
 
+    def ok(self) -> None:
+        """Wait for the end and require exit code 0."""
+        assert self.wait() == 0, self.printed
+
     def processes(self) -> dict[int, str]:
-        """All that it has started and that still live: number -> command line."""
+        """Return all processes of the search that still run: process id -> command line."""
         found = {}
         for folder in Path("/proc").glob("[0-9]*"):
-            try:
+            with contextlib.suppress(OSError):
                 if self.mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
                     command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip()
                     if command:  # a zombie has none
                         found[int(folder.name)] = command
-            except OSError:
-                continue
         return found
 
-    def named(self, *parts: str) -> list[int]:
-        """Processes of which the command line has one of the parts."""
-        return sorted(pid for pid, command in self.processes().items() if any(part in command for part in parts))
+    def named(self, part: str) -> list[int]:
+        """Return the processes with a part in their command line."""
+        return sorted(pid for pid, command in self.processes().items() if part in command)
 
     def addresses(self) -> set[str]:
-        """Where its processes listen: hexadecimal addresses, as Linux writes them."""
+        """Return the addresses that the processes listen on, in hexadecimal, as Linux writes them."""
         sockets: set[str] = set()
         for pid in self.processes():
             for handle in Path(f"/proc/{pid}/fd").glob("*"):
-                try:
+                with contextlib.suppress(OSError):
                     sockets.add(str(handle.readlink()).removeprefix("socket:[").removesuffix("]"))
-                except OSError:
-                    continue
         found = set()
         for table in ("tcp", "tcp6"):
             for line in Path("/proc/net", table).read_text().splitlines()[1:]:
@@ -109,24 +107,19 @@ class Search:
         return found
 
     def require_no_orphans(self) -> None:
-        """Ray's agents look for their raylet every few seconds."""
-        deadline = time.monotonic() + 120  # Ray's agents look for their parent now and then
+        """Wait until no process is left; Ray's agents look for their parent every few seconds."""
+        deadline = time.monotonic() + 120
         while left := self.processes():
             assert time.monotonic() < deadline, f"still there: {left}"
             time.sleep(0.25)
 
-    def close(self) -> None:
-        """End whatever a failed test has left."""
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """End what a failed test has left."""
         for pid in self.processes():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         self.process.wait(30)
-        self._close()
-
-    def _close(self) -> None:
         self._reader.join(30)
-        assert self.process.stdout is not None
-        self.process.stdout.close()
-
-
-LOOPBACK = {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}

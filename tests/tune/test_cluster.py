@@ -1,20 +1,27 @@
-"""How many trials fit, and what does not."""
+"""Resources of a Ray cluster and the data on its nodes."""
+
+from pathlib import Path
 
 import pytest
 import ray
 
+from fer_dist.config import Config
 from fer_dist.errors import UserError
 from tests.helpers.ray_search import Search
-from tune.cluster import require_resources, with_gpus
+from tune import cluster
+from tune.cluster import prepare_nodes, require_resources, with_gpus
 from tune.ledger import Ledger
 from tune.settings import Settings
+from tune.trial import Task
 
 
 def nodes(monkeypatch: pytest.MonkeyPatch, *resources: tuple[int, int]) -> None:
-    """Ray with nodes of so many cores and GPUs, and a dead one."""
-    found = [{"Alive": True, "Resources": {"CPU": float(cores), "GPU": float(gpus)}} for cores, gpus in resources]
-    dead = {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 99.0}}
-    monkeypatch.setattr(ray, "nodes", lambda: [*found, dead])
+    """Replace Ray by nodes with these cores and GPUs, and a dead one."""
+    found = [
+        {"Alive": True, "NodeID": f"{i:056x}", "NodeManagerHostname": f"n{i}", "Resources": {"CPU": cores, "GPU": gpus}}
+        for i, (cores, gpus) in enumerate(resources)
+    ]
+    monkeypatch.setattr(ray, "nodes", lambda: [*found, {"Alive": False, "Resources": {"CPU": 99.0, "GPU": 99.0}}])
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": float(sum(gpus for _, gpus in resources))})
 
 
@@ -26,33 +33,23 @@ def nodes(monkeypatch: pytest.MonkeyPatch, *resources: tuple[int, int]) -> None:
         (Settings(gpus=0, cpus=3), None, 2),
         (Settings(gpus=0, cpus=4), None, 1),
         (Settings(gpus=0, workers=2, cpus=2), None, 1),
-        (Settings(gpus=0, workers=8), None, 1),
         (Settings(gpus=1), None, 2),
         (Settings(gpus=0.5), None, 4),
         (Settings(gpus=0.1), None, 5),
         (Settings(gpus=2, workers=2), None, 1),
+        (Settings(gpus=0, cpus=6), None, 0),  # more than on any node, but not more than on both
+        (Settings(gpus=0, workers=3, cpus=3), None, 0),
+        (Settings(gpus=3), None, 0),
+        (Settings(gpus=4, workers=4), None, 0),
     ],
 )
-def test_how_many_trials_fit(
-    settings: Settings, concurrent: int | None, fit: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_trials_at_once(settings: Settings, concurrent: int | None, fit: int, monkeypatch: pytest.MonkeyPatch) -> None:
     nodes(monkeypatch, (5, 2), (3, 0))
-    assert require_resources(settings, concurrent) == fit
-
-
-@pytest.mark.parametrize(
-    "settings",
-    [
-        Settings(gpus=0, cpus=6),  # more than on any node, though not than on both
-        Settings(gpus=0, workers=3, cpus=3),
-        Settings(gpus=3),
-        Settings(gpus=4, workers=4),
-    ],
-)
-def test_what_does_not_fit(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    nodes(monkeypatch, (5, 2), (3, 0))
+    if fit:
+        assert require_resources(settings, concurrent) == fit
+        return
     with pytest.raises(UserError, match=r"a trial needs .* Ray has 5 cores and 2 GPUs; 3 cores and 0 GPUs"):
-        require_resources(settings, None)
+        require_resources(settings, concurrent)
 
 
 @pytest.mark.parametrize(
@@ -66,24 +63,46 @@ def test_what_does_not_fit(settings: Settings, monkeypatch: pytest.MonkeyPatch) 
         (Settings(gpus=0.5), "auto", 0.5),
     ],
 )
-def test_gpus_are_used_where_there_are_any(
+def test_gpus_are_used_if_there_are_enough(
     settings: Settings, device: str, gpus: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     nodes(monkeypatch, (5, 2))
     assert with_gpus(settings, device).gpus == gpus
 
 
+class Here:
+    """Run a remote function in this process; `ray.get` returns its result."""
+
+    def __init__(self, function: object) -> None:
+        self.remote = function
+
+    def options(self, **_: object) -> "Here":
+        return self
+
+
+def test_every_node_reads_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes(monkeypatch, (1, 0), (1, 0))
+    monkeypatch.setattr(ray, "remote", lambda **_: Here)
+    monkeypatch.setattr(ray, "get", lambda result: result)
+    small = Config().override({"data.embedded_train": 14, "data.embedded_val": 7})
+    task = Task(folder=tmp_path, scratch=tmp_path, config=small, settings=Settings())
+    assert [line.partition(" pictures")[0].split() for line in prepare_nodes(task)] == [
+        ["node", "n0:", "28"], ["node", "n1:", "28"],
+    ]  # fmt: skip
+    bad = Task(folder=tmp_path, scratch=tmp_path, config=small.override({"data.path": "no.csv"}), settings=Settings())
+    with pytest.raises(UserError, match=r"node n0: .*no\.csv"):
+        prepare_nodes(bad)
+    assert list(tmp_path.iterdir()) == []
+    problem, _, _ = cluster.prepare(task, tmp_path / "missing")
+    assert "of the search is not there" in problem, "a node that does not see the folder"
+
+
 @pytest.mark.gpu
-@pytest.mark.parametrize("words", [("--gpus-per-trial", "0.5"), ("--gpus-per-trial", "1")])
-def test_trials_on_a_gpu(words: tuple[str, ...], tmp_path_factory: pytest.TempPathFactory) -> None:
-    """Two share one, or one has it alone."""
-    folder = tmp_path_factory.mktemp("gpu")
-    search = Search(folder, *words, "--trials", "2", "--cpus", "2", "--name", "one")
-    try:
-        assert search.wait() == 0, search.printed
-        assert f"{2 if '0.5' in words else 1} at once" in search.printed
-        found = Ledger(folder / "tune_runs" / "one").trials()
-        assert all(trial.records for trial in found)
-        assert all("cpu" not in (trial.folder / "provenance.json").read_text() for trial in found)
-    finally:
-        search.close()
+@pytest.mark.parametrize(("share", "at_once"), [("0.5", 2), ("1", 1)])
+def test_trials_on_a_gpu(share: str, at_once: int, tmp_path: Path) -> None:
+    with Search(tmp_path, "--gpus-per-trial", share, "--trials", "2", "--cpus", "2", "--name", "one") as search:
+        search.ok()
+        assert f"{at_once} at once" in search.printed
+        for trial in Ledger(tmp_path / "tune_runs" / "one").trials():
+            assert trial.records
+            assert "cpu" not in (trial.folder / "provenance.json").read_text()

@@ -1,4 +1,4 @@
-"""What Ray Tune asks, without a cluster: values, decisions, ends of trials."""
+"""Ray Tune's side of a search without a cluster: values, decisions and ends of trials."""
 
 import asyncio
 from dataclasses import replace
@@ -17,6 +17,7 @@ from fer_dist.engine import trainer
 from fer_dist.engine.metrics import Metrics
 from fer_dist.engine.runlog import EpochRecord
 from fer_dist.errors import RankLost, UserError
+from tests.helpers.search_folders import add_trial, epochs, write_metrics
 from tune import driver
 from tune.driver import Listener, Source, scheduler
 from tune.ledger import Ledger, Trial
@@ -29,35 +30,30 @@ TREE = {"optim.lr": {"log_uniform": [1e-4, 1e-2]}, "optim.name": ["adam", "sgd"]
 FINITE = {"optim.name": ["adam", "sgd"], "model.freeze_depth": [0, 1, 2]}
 
 
-class Call:
-    """What `actor.method` is: `.remote(...)` here answers at once."""
-
-    def __init__(self, answer: Any) -> None:
-        self.answer = answer
-
-    def remote(self, *words: Any) -> Any:
-        return self.answer(*words)
-
-
 class FakeDesk:
+    """The actor in this process: `.remote(...)` of each method returns the result at once."""
+
     def __init__(self) -> None:
         self.decided: list[tuple[str, int, bool]] = []
         self.failed: dict[str, str] = {}
-        self.stop_after = 99
-        self.decide = Call(lambda *words: self.decided.append(words))
         self.noted: dict[str, str] = {}
-        self.note = Call(lambda name, words: self.noted.update({name: words}))
-        self.fail = Call(lambda name, reason: self.failed.update({name: reason}))
-        self.failure = Call(lambda name: self.failed.get(name, ""))
-        self.stops = Call(lambda name, epoch: epoch >= self.stop_after)
+        self.stop_after = 99
+        self.decide = SimpleNamespace(remote=lambda *words: self.decided.append(words))
+        self.note = SimpleNamespace(remote=lambda name, words: self.noted.update({name: words}))
+        self.fail = SimpleNamespace(remote=lambda name, reason: self.failed.update({name: reason}))
+        self.failure = SimpleNamespace(remote=lambda name: self.failed.get(name, ""))
+        self.stops = SimpleNamespace(remote=lambda name, epoch: epoch >= self.stop_after)
 
 
 @pytest.fixture
 def desk(monkeypatch: pytest.MonkeyPatch) -> FakeDesk:
     found = FakeDesk()
-    monkeypatch.setattr(ray, "get", lambda answer: answer)
+    monkeypatch.setattr(ray, "get", lambda result: result)
     monkeypatch.setattr(ray, "get_actor", lambda name: found)
     return found
+
+
+# Values
 
 
 def source(folder: Path, searcher: Searcher, trials: int, tree: dict[str, Any] | None = None) -> Source:
@@ -66,25 +62,26 @@ def source(folder: Path, searcher: Searcher, trials: int, tree: dict[str, Any] |
 
 
 def drain(found: Source) -> list[Any]:
-    """Everything that it hands out; each trial ends at once."""
+    """Return everything that a source suggests; each trial ends at once, with its learning rate as its score."""
     given: list[Any] = []
     for number in range(100):
-        answer = found.suggest(f"ray-{number}")
-        if answer == RaySearcher.FINISHED:
+        one = found.suggest(f"ray-{number}")
+        if one == RaySearcher.FINISHED:
             return given
-        given.append(answer)
-        result = {"epoch": 9, "score": answer["values"].get("optim.lr", 0.5), "training_iteration": 9}
+        given.append(one)
+        result = {"epoch": 9, "score": one["values"].get("optim.lr", 0.5), "training_iteration": 9}
         found.on_trial_result(f"ray-{number}", result)
         found.on_trial_complete(f"ray-{number}", result)
     raise AssertionError("it never ends")
 
 
 @pytest.mark.parametrize("searcher", ["tpe", "random"])
-def test_values_are_in_the_ledger_before_ray_hears_of_them(searcher: Searcher, tmp_path: Path) -> None:
+def test_values_are_in_the_ledger(searcher: Searcher, tmp_path: Path) -> None:
+    first = source(tmp_path, searcher, 15)
+    assert first.suggest("ray")["values"] == Ledger(tmp_path).trials()[0].values, "before Ray starts the trial"
     given = drain(source(tmp_path, searcher, 15))
-    assert [(trial.id, trial.values) for trial in Ledger(tmp_path).trials()] == [
-        (one["trial"], one["values"]) for one in given
-    ]
+    found = [{"trial": one.id, "values": one.values} for one in Ledger(tmp_path).trials()]
+    assert found == given
     assert len({one["values"]["optim.lr"] for one in given}) == 15
     assert {one["values"]["optim.name"] for one in given} == {"adam", "sgd"}
     for one in given:
@@ -93,34 +90,51 @@ def test_values_are_in_the_ledger_before_ray_hears_of_them(searcher: Searcher, t
 
 
 def test_tpe_learns(tmp_path: Path) -> None:
-    """The score is the learning rate itself: later trials are higher than the first ones, which are random."""
+    """The score is the learning rate: later trials have higher ones than the first, random ones."""
     rates = [one["values"]["optim.lr"] for one in drain(source(tmp_path, "tpe", 40))]
     assert sum(rates[-10:]) > 2 * sum(rates[:10])
 
 
-def test_tpe_goes_on_with_what_was_found(tmp_path: Path) -> None:
-    """A second start knows the trials of the first, so that it does not begin at random."""
+def test_tpe_learns_from_the_trials_of_an_earlier_start(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     for i in range(30):
         lr = 1e-4 * 10 ** (i / 15)
-        name = ledger.give({"optim.lr": lr, "optim.name": "adam", "model.freeze_depth": 0})
-        run = tmp_path / "trials" / name
-        run.mkdir(parents=True)
-        val = f'{{"accuracy": {lr}, "loss": 1, "macro_f1": 1}}'
-        (run / "metrics.jsonl").write_text(f'{{"epoch": 1, "val": {val}}}\n')
-        ledger.end(name, "finished", "", 1)
+        add_trial(ledger, {"optim.lr": lr, "optim.name": "adam", "model.freeze_depth": 0}, lr)
     new = drain(source(tmp_path, "tpe", 40))
     assert [one["trial"] for one in new] == [f"{i:03d}" for i in range(31, 41)]
     assert sorted(one["values"]["optim.lr"] for one in new)[5] > 3e-3
 
 
+def test_tpe_learns_once_from_resumed_trials(tmp_path: Path) -> None:
+    """Optuna did not suggest them in this start."""
+    first = source(tmp_path, "tpe", 6)
+    begun = [first.suggest(f"old-{i}")["values"] for i in range(3)]
+    again = source(tmp_path, "tpe", 6)
+    given = [one["values"] for one in drain(again)]
+    assert given[:3] == begun
+    assert again._tpe is not None
+    known = again._tpe._optuna._ot_study.trials
+    lrs = [values["optim.lr"] for values in given]
+    assert [(one.params["optim.lr"], one.value) for one in known] == [(lr, lr) for lr in lrs]
+
+
+def test_tpe_ignores_values_outside_the_space(tmp_path: Path) -> None:
+    """They occur in a search whose space was edited by hand."""
+    ledger = Ledger(tmp_path)
+    for values in ({"optim.lr": 0.5, "optim.name": "adam"}, {"optim.lr": 0.001, "optim.name": "adamw"}, {}):
+        folder = add_trial(ledger, values, 0.5)
+        with (folder / "metrics.jsonl").open("a") as file:
+            file.write('{"epoch": 2, "val": null}\n')
+    assert len(drain(source(tmp_path, "tpe", 6))) == 3
+
+
 @pytest.mark.parametrize("searcher", ["tpe", "random", "grid"])
-def test_what_was_left_unfinished_comes_first(searcher: Searcher, tmp_path: Path) -> None:
+def test_unfinished_trials_come_first(searcher: Searcher, tmp_path: Path) -> None:
     tree = FINITE if searcher == "grid" else TREE
     first = source(tmp_path, searcher, 6, tree)
     begun = [first.suggest(f"old-{i}") for i in range(3)]
     Ledger(tmp_path).end("002", "finished", "", 1)
-    again = source(tmp_path, searcher, 6, tree)
+    again = source(tmp_path, searcher, 99 if searcher == "grid" else 6, tree)  # a grid ends with its last combination
     assert again.left == 5
     given = drain(again)
     assert given[:2] == [begun[0], begun[2]]
@@ -130,25 +144,11 @@ def test_what_was_left_unfinished_comes_first(searcher: Searcher, tmp_path: Path
         straight = drain(source(tmp_path / "other", searcher, 6, tree))
         assert [one["values"] for one in straight[3:]] == [one["values"] for one in given[2:]]
     if searcher == "grid":
-        values = [tuple(trial.values.items()) for trial in Ledger(tmp_path).trials()]
-        assert len(set(values)) == 6, "every combination once, over both starts"
+        values = {tuple(trial.values.items()) for trial in Ledger(tmp_path).trials()}
+        assert len(values) == 6, "every combination once, over both starts"
 
 
-def test_tpe_learns_from_trials_that_went_on(tmp_path: Path) -> None:
-    """It has not asked for them in this start; each is told once, with its own values and score."""
-    first = source(tmp_path, "tpe", 6)
-    begun = [first.suggest(f"old-{i}")["values"] for i in range(3)]
-    again = source(tmp_path, "tpe", 6)
-    given = [one["values"] for one in drain(again)]
-    assert given[:3] == begun
-    assert again._tpe is not None
-    told = again._tpe._optuna._ot_study.trials
-    assert [trial.params["optim.lr"] for trial in told] == [values["optim.lr"] for values in given]
-    assert [trial.value for trial in told] == [values["optim.lr"] for values in given]
-
-
-def test_a_grid_ends_where_there_are_no_more(tmp_path: Path) -> None:
-    assert len(drain(source(tmp_path, "grid", 99, FINITE))) == 6
+# Decisions
 
 
 def ray_trial(name: str) -> Any:
@@ -156,7 +156,7 @@ def ray_trial(name: str) -> Any:
 
 
 def test_a_stop_is_a_message(desk: FakeDesk) -> None:
-    """Ray is told to go on, the trial is told to stop: the worse half after the first epoch, with reduction 2."""
+    """Ray continues the trial, which stops itself: the worse half after the first epoch, with reduction 2."""
     asha = scheduler(Settings(reduction=2), CONFIG, [], desk)
     for name, score in (("001", 0.9), ("002", 0.5), ("003", 0.95)):
         asha.on_trial_add(object(), ray_trial(name))
@@ -167,37 +167,41 @@ def test_a_stop_is_a_message(desk: FakeDesk) -> None:
     assert desk.decided[-1] == ("004", 1, False)
 
 
-def test_asha_knows_the_trials_of_an_earlier_start(desk: FakeDesk, tmp_path: Path) -> None:
-    """Without them, the first new trial would go on whatever its score."""
+def test_asha_compares_with_trials_that_have_ended(desk: FakeDesk, tmp_path: Path) -> None:
+    """Ended trials of an earlier start count, running ones do not; the lower loss is the better one."""
     records = [{"epoch": epoch, "val": {"accuracy": 0.8, "loss": 0.2}} for epoch in range(1, 10)]
     ended = Trial(id="001", folder=tmp_path, values={}, status="finished", records=records)
-    running = Trial(id="002", folder=tmp_path, values={}, status="running", records=records)
-    for known, stops in (([ended], True), ([running], False), ([], False)):
-        asha = scheduler(Settings(), CONFIG, known, desk)
+    for monitor, known, score, stops in (
+        ("accuracy", [ended], 0.5, True),
+        ("accuracy", [replace(ended, status="running")], 0.5, False),
+        ("accuracy", [], 0.5, False),
+        ("loss", [ended], 0.1, False),
+        ("loss", [ended], 0.3, True),
+    ):
+        asha = scheduler(Settings(), CONFIG.override({"train.monitor": monitor}), known, desk)
         asha.on_trial_add(object(), ray_trial("003"))
-        asha.on_trial_result(object(), ray_trial("003"), {"epoch": 1, "score": 0.5})
-        assert desk.decided[-1] == ("003", 1, stops)
+        asha.on_trial_result(object(), ray_trial("003"), {"epoch": 1, "score": score})
+        assert desk.decided[-1] == ("003", 1, stops), (monitor, known, score)
 
 
-def test_lower_is_better_for_a_loss(desk: FakeDesk, tmp_path: Path) -> None:
-    records = [{"epoch": 1, "val": {"accuracy": 0.8, "loss": 0.2}}]
-    ended = Trial(id="001", folder=tmp_path, values={}, status="finished", records=records)
-    for loss, stops in ((0.1, False), (0.3, True)):
-        asha = scheduler(Settings(), CONFIG.override({"train.monitor": "loss"}), [ended], desk)
-        asha.on_trial_add(object(), ray_trial("002"))
-        asha.on_trial_result(object(), ray_trial("002"), {"epoch": 1, "score": loss})
-        assert desk.decided[-1] == ("002", 1, stops)
+def test_a_stop_is_not_revoked() -> None:
+    """A trial that dies before it has stopped reports its epoch again, and ASHA does not decide a second time."""
+
+    async def story() -> list[bool]:
+        real = Desk()
+        await real.decide("001", 1, False)
+        await real.decide("001", 2, True)
+        await real.decide("001", 2, False)
+        return [await real.stops("001", 1), await real.stops("001", 2)]
+
+    assert asyncio.run(story()) == [False, True]
 
 
-def test_how_trials_end(desk: FakeDesk, tmp_path: Path) -> None:
+def test_the_status_of_ended_trials(desk: FakeDesk, tmp_path: Path) -> None:
     ledger, lines = Ledger(tmp_path), list[str]()
     listener = Listener(ledger, CONFIG, Settings(retries=1), desk, 4, lines.append)
-    for epochs in (9, 4, 0, 2):
-        name = ledger.give({"optim.lr": 0.1})
-        folder = tmp_path / "trials" / name
-        folder.mkdir(parents=True)
-        text = "".join(f'{{"epoch": {i + 1}, "val": {{"accuracy": 0.{i + 1}}}}}\n' for i in range(epochs))
-        (folder / "metrics.jsonl").write_text(text)
+    for count in (9, 4, 0, 2):
+        name = add_trial(ledger, {"optim.lr": 0.1}, *[i / 10 for i in range(1, count + 1)], status="running").name
         listener.on_trial_start(0, [], SimpleNamespace(config={"trial": name, "values": {"optim.lr": 0.1}}))
     desk.failed["003"] = "no memory\x1b[31m"
     for name in ("001", "002", "003"):
@@ -215,116 +219,73 @@ def test_how_trials_end(desk: FakeDesk, tmp_path: Path) -> None:
 # A trial on its worker
 
 
-def record(epoch: int) -> EpochRecord:
-    val = Metrics(confusion_KK=np.eye(7, dtype=np.int64), loss_sum=1.0 / epoch, count=7)
-    return EpochRecord(
-        epoch=epoch, step=epoch, lr=1, train_loss=1, val=val, images_per_second=1, seconds=1, peak_memory=1
-    )
+def run_work(folder: Path, monkeypatch: pytest.MonkeyPatch, fit: Any, workers: int = 1) -> list[dict[str, Any]]:
+    """Run trial 001 with another `fit`; returns its reports to Ray."""
+    monkeypatch.setattr(trainer, "fit", fit)
+    (folder / "trials" / "001").mkdir(parents=True, exist_ok=True)
+    task = Task(folder=folder, scratch=folder, config=CONFIG, settings=Settings(workers=workers))
+    reports: list[dict[str, Any]] = []
+    work("001", CONFIG, task, reports.append)
+    return reports
 
 
-def task(folder: Path) -> Task:
-    (folder / "trials" / "001").mkdir(parents=True)
-    return Task(folder=folder, scratch=folder, config=CONFIG, settings=Settings())
-
-
-@pytest.mark.parametrize(
-    ("error", "told"),
-    [
-        (UserError("the training loss is nan in epoch 1", "a lower --optim.lr"), "the training loss is nan in epoch 1"),
-        (torch.OutOfMemoryError("CUDA out of memory"), "OutOfMemoryError: CUDA out of memory"),
-        (MemoryError(), "MemoryError: "),
-        (ZeroDivisionError("ours"), "ZeroDivisionError: ours"),
-    ],
-)
-def test_a_failure_is_told_and_not_raised(
-    error: Exception, told: str, desk: FakeDesk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def failing(error: Exception) -> Any:
     def fit(config: Config, on_epoch: Any) -> None:
         raise error
 
-    monkeypatch.setattr(trainer, "fit", fit)
-    work("001", CONFIG, task(tmp_path), lambda told: None)
-    assert desk.failed == {"001": told}
+    return fit
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (UserError("the training loss is nan in epoch 1", "a lower --optim.lr"), "the training loss is nan in epoch 1"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "OutOfMemoryError: CUDA out of memory"),
+        (ZeroDivisionError("ours"), "ZeroDivisionError: ours"),
+    ],
+)
+def test_a_failure_is_noted_and_not_raised(
+    error: Exception, reason: str, desk: FakeDesk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_work(tmp_path, monkeypatch, failing(error))
+    assert desk.failed == {"001": reason}
     text = tmp_path / "trials" / "001" / "error.txt"
     assert text.exists() == (not isinstance(error, UserError))
     assert not text.exists() or type(error).__name__ in text.read_text()
 
 
-def test_one_of_several_ranks_fails_aloud(desk: FakeDesk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The others wait for it: it must be seen to end. What it said is the reason if the group is given up."""
-
-    def fit(config: Config, on_epoch: Any) -> None:
-        raise MemoryError("no memory")
-
-    monkeypatch.setattr(trainer, "fit", fit)
-    one = replace(task(tmp_path), settings=Settings(workers=2))
+def test_failures_that_ray_must_see(desk: FakeDesk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray replaces lost ranks; of several ranks the others wait for one that fails, and its reason is kept."""
+    with pytest.raises(RankLost):
+        run_work(tmp_path, monkeypatch, failing(RankLost("gone")))
+    assert (desk.failed, desk.noted) == ({}, {})
     with pytest.raises(MemoryError):
-        work("001", CONFIG, one, lambda told: None)
+        run_work(tmp_path, monkeypatch, failing(MemoryError("no memory")), workers=2)
     assert (desk.failed, desk.noted) == ({}, {"001": "MemoryError: no memory"})
 
 
-def test_a_stop_is_kept() -> None:
-    """A trial that dies before it has stopped tells its epoch again, and ASHA does not decide a second time."""
-
-    async def story() -> list[bool]:
-        real = Desk()
-        await real.decide("001", 1, False)
-        await real.decide("001", 2, True)
-        await real.decide("001", 2, False)
-        return [await real.stops("001", 1), await real.stops("001", 2)]
-
-    assert asyncio.run(story()) == [False, True]
-
-
-def test_a_space_that_was_changed_by_hand(tmp_path: Path) -> None:
-    """TPE leaves out what it cannot place."""
-    ledger = Ledger(tmp_path)
-    for values in ({"optim.lr": 0.5, "optim.name": "adam"}, {"optim.lr": 0.001, "optim.name": "adamw"}, {}):
-        name = ledger.give(values)
-        (tmp_path / "trials" / name).mkdir(parents=True)
-        line = '{"epoch": 1, "val": {"accuracy": 0.5, "loss": 1, "macro_f1": 1}}\n{"epoch": 2, "val": null}\n'
-        (tmp_path / "trials" / name / "metrics.jsonl").write_text(line)
-        ledger.end(name, "finished", "", 1)
-    assert len(drain(source(tmp_path, "tpe", 6))) == 3
-
-
-def test_a_lost_rank_is_ray_s_to_replace(desk: FakeDesk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fit(config: Config, on_epoch: Any) -> None:
-        raise RankLost("gone")
-
-    monkeypatch.setattr(trainer, "fit", fit)
-    with pytest.raises(RankLost):
-        work("001", CONFIG, task(tmp_path), lambda told: None)
-    assert not desk.failed
-
-
-def test_a_trial_reports_each_epoch_and_stops_when_told(
+def test_a_trial_reports_each_epoch_and_stops_on_request(
     desk: FakeDesk, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Epochs of an earlier start are told again, but for the newest, which the trainer may ask about once more."""
-    desk.stop_after = 4
-    answers: list[bool] = []
+    """Epochs of an earlier start are reported again, except for the newest, which the trainer may repeat."""
+    desk.stop_after, stops = 4, list[bool]()
 
     def fit(config: Config, on_epoch: Any) -> None:
-        answers.extend(on_epoch(record(epoch)) for epoch in (3, 4))
+        for epoch in (3, 4):
+            val = Metrics(confusion_KK=np.eye(7, dtype=np.int64), loss_sum=1.0 / epoch, count=7)
+            rest = {"lr": 1, "train_loss": 1, "images_per_second": 1, "seconds": 1, "peak_memory": 1}
+            stops.append(on_epoch(EpochRecord(epoch=epoch, step=epoch, val=val, **rest)))
 
-    monkeypatch.setattr(trainer, "fit", fit)
-    told: list[dict[str, Any]] = []
-    one = task(tmp_path)
-    line = '{"epoch": %d, "val": {"accuracy": 0.%d, "macro_f1": 0.1, "loss": 1.5}}\n'
-    (tmp_path / "trials" / "001" / "metrics.jsonl").write_text("".join(line % (e, 5 - e) for e in (1, 2, 3)))
-    work("001", CONFIG, one, told.append)
-    assert answers == [False, True]
-    assert [(one["epoch"], one["accuracy"], one["score"]) for one in told] == [
-        (1, 0.4, 0.4),
-        (2, 0.3, 0.4),
-        (3, 1.0, 1.0),
-        (4, 1.0, 1.0),
-    ]
+    write_metrics(tmp_path / "trials" / "001", epochs(0.4, 0.3, 0.2))
+    reports = run_work(tmp_path, monkeypatch, fit)
+    assert stops == [False, True]
+    shown = [(one["epoch"], one["accuracy"], one["score"]) for one in reports]
+    assert shown == [(1, 0.4, 0.4), (2, 0.3, 0.4), (3, 1.0, 1.0), (4, 1.0, 1.0)]
 
 
 def test_the_config_of_a_trial(tmp_path: Path) -> None:
-    config = task(tmp_path).config_of("007", {"optim.lr": 0.5})
+    task = Task(folder=tmp_path, scratch=tmp_path, config=CONFIG, settings=Settings())
+    config = task.config_of("007", {"optim.lr": 0.5})
     assert (config.optim.lr, config.run.name, config.run.resume) == (0.5, "007", "auto")
     assert config.run.dir == str(tmp_path / "trials")
     assert driver.shown({"optim.lr": 0.00012345, "model.freeze_depth": 3}) == "optim.lr 0.000123, model.freeze_depth 3"

@@ -1,27 +1,20 @@
-"""trials.jsonl: after a kill at any byte no trial is lost and none is there twice."""
+"""trials.jsonl: after a kill at any byte, no trial is lost and none is there twice."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from fer_dist.errors import UserError
+from tests.conftest import ROOT
+from tests.helpers.search_folders import epochs, write_metrics
 from tune.ledger import Ledger, Trial, ranked
 
 
-def record(epoch: int, accuracy: float = 0.5, **val: float) -> dict[str, Any]:
-    return {"epoch": epoch, "val": {"accuracy": accuracy, "macro_f1": accuracy, "loss": 1 - accuracy, **val}}
-
-
-def trial(name: str, *records: dict[str, Any]) -> Trial:
-    return Trial(id=name, folder=Path(name), values={}, records=list(records))
-
-
 def three(folder: Path) -> Ledger:
-    """Two trials that have ended and one that runs."""
+    """Return a ledger of two trials that have ended and one that runs."""
     ledger = Ledger(folder)
     for lr in (0.1, 0.2, 0.3):
         ledger.give({"optim.lr": lr})
@@ -30,45 +23,33 @@ def three(folder: Path) -> Ledger:
     return ledger
 
 
-def test_what_is_noted_is_read(tmp_path: Path) -> None:
-    found = three(tmp_path).trials()
-    assert [one.id for one in found] == ["001", "002", "003"]
-    assert [one.values for one in found] == [{"optim.lr": 0.1}, {"optim.lr": 0.2}, {"optim.lr": 0.3}]
-    assert [one.status for one in found] == ["finished", "failed", "running"]
-    assert [one.reason for one in found] == ["", "no data\nat all", ""]
-    assert [one.seconds for one in found] == [12.35, 1.0, 0.0]
-    assert [one.folder for one in found] == [tmp_path / "trials" / one.id for one in found]
-    assert all(one.records == [] for one in found)
-
-
-def test_no_search_yet(tmp_path: Path) -> None:
+def test_trials_are_read_as_written(tmp_path: Path) -> None:
+    ledger = three(tmp_path)
+    found = ledger.trials()
+    assert [(one.id, one.values["optim.lr"], one.status, one.reason, one.seconds) for one in found] == [
+        ("001", 0.1, "finished", "", 12.35),
+        ("002", 0.2, "failed", "no data\nat all", 1.0),
+        ("003", 0.3, "running", "", 0.0),
+    ]
+    assert [(one.folder, one.records) for one in found] == [(tmp_path / "trials" / one.id, []) for one in found]
+    ledger.end("002", "stopped", "by the scheduler", 3.0)  # replaces the first end
+    ledger.end("009", "finished", "", 1.0)  # of an unknown trial
+    again = Ledger(tmp_path).trials()
+    assert [one.id for one in again] == ["001", "002", "003"]
+    assert (again[1].status, again[1].reason, again[1].seconds) == ("stopped", "by the scheduler", 3.0)
+    assert again[1].values == {"optim.lr": 0.2}
     assert Ledger(tmp_path / "missing").trials() == []
 
 
-def test_a_second_end_replaces_the_first(tmp_path: Path) -> None:
-    ledger = three(tmp_path)
-    ledger.end("002", "stopped", "by the scheduler", 3.0)
-    again = Ledger(tmp_path).trials()
-    assert len(again) == 3
-    assert (again[1].status, again[1].reason, again[1].seconds) == ("stopped", "by the scheduler", 3.0)
-    assert again[1].values == {"optim.lr": 0.2}
-
-
-def test_an_end_of_an_unknown_trial_makes_none(tmp_path: Path) -> None:
-    ledger = three(tmp_path)
-    ledger.end("009", "finished", "", 1.0)
-    assert [one.id for one in ledger.trials()] == ["001", "002", "003"]
-
-
-def test_killed_at_every_byte(tmp_path: Path) -> None:
-    """Whatever was cut off: whole lines count, the next trial has an id of its own and is read back."""
+def test_a_file_cut_at_every_byte(tmp_path: Path) -> None:
+    """Whole lines count; the next trial has a new id and is read back."""
     whole = three(tmp_path).path.read_bytes()
+    lines = whole.splitlines()
     for cut in range(len(whole) + 1):
         kept = whole[:cut]
         ledger = Ledger(tmp_path)
         ledger.path.write_bytes(kept)
-        lines = whole.splitlines()
-        # A line that lacks no more than its end is whole, too.
+        # A line that lacks only its line end is whole, too.
         there = [json.loads(line) for line in lines[: kept.count(b"\n") + (kept.split(b"\n")[-1] in lines)]]
         given = [line["trial"] for line in there if "values" in line]
         ended = [line["trial"] for line in there if "status" in line]
@@ -90,36 +71,27 @@ def test_more_than_999_trials(tmp_path: Path) -> None:
     assert [one.id for one in ledger.trials()][-2:] == ["1000", "1001"]
 
 
-def test_lines_that_are_none_of_ours(tmp_path: Path) -> None:
+def test_foreign_lines_are_ignored(tmp_path: Path) -> None:
     ledger = three(tmp_path)
     with ledger.path.open("ab") as file:
         file.write(b'\xff\xfe\n[1]\n7\n{}\n{"trial": "004", "values": 3}\n{"trial": "001", "status": "lost"}\n\n')
-    assert [(one.id, one.status) for one in ledger.trials()] == [
-        ("001", "finished"),
-        ("002", "failed"),
-        ("003", "running"),
-    ]
+    found = [(one.id, one.status) for one in ledger.trials()]
+    assert found == [("001", "finished"), ("002", "failed"), ("003", "running")]
 
 
-def test_two_holders(tmp_path: Path) -> None:
+def test_one_process_holds_it_until_its_end(tmp_path: Path) -> None:
     first = Ledger(tmp_path)
     with first.hold():
         with pytest.raises(UserError, match="another process runs the search"), Ledger(tmp_path).hold():
             pass
-        assert first.give({}) == "001", "who holds it writes"
-        assert Ledger(tmp_path).trials() != [], "everybody reads"
-    with Ledger(tmp_path).hold():
-        pass
-
-
-def test_a_holder_that_was_killed_holds_no_more(tmp_path: Path) -> None:
+        assert first.give({}) == "001", "its holder writes"
+        assert Ledger(tmp_path).trials() != [], "others read"
     code = (
-        "import os, sys; from pathlib import Path; from tune.ledger import Ledger\n"
+        "import sys; from pathlib import Path; from tune.ledger import Ledger\n"
         "with Ledger(Path(sys.argv[1])).hold(): print('held', flush=True); sys.stdin.read()"
     )
     pipe = subprocess.PIPE
-    root = Path(__file__).resolve().parents[2]
-    with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdin=pipe, stdout=pipe, cwd=root) as other:
+    with subprocess.Popen([sys.executable, "-c", code, tmp_path], stdin=pipe, stdout=pipe, cwd=ROOT) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"held\n"
         with pytest.raises(UserError, match="another process"), Ledger(tmp_path).hold():
@@ -129,63 +101,45 @@ def test_a_holder_that_was_killed_holds_no_more(tmp_path: Path) -> None:
         pass
 
 
-def test_a_folder_that_cannot_be_written(tmp_path: Path) -> None:
+def test_a_ledger_that_cannot_be_read_or_written(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for folder in (tmp_path / "missing", tmp_path / "file"):
-        ledger = Ledger(folder)
         with pytest.raises(UserError, match=r"cannot (read|write) .*trials\.jsonl"):
-            ledger.give({})
-        with pytest.raises(UserError, match=r"cannot write .*trials\.jsonl"), ledger.hold():
+            Ledger(folder).give({})
+        with pytest.raises(UserError, match=r"cannot write .*trials\.jsonl"), Ledger(folder).hold():
             pass
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-def test_a_full_disk(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
-    ledger.path.symlink_to("/dev/full")
+    (tmp_path / "trials.jsonl").symlink_to("/dev/full")
     with pytest.raises(UserError, match="No space left"):
-        ledger.end("001", "finished", "", 1.0)  # reads nothing: the device has no end
-
-
-def test_a_ledger_that_cannot_be_read(tmp_path: Path) -> None:
-    ledger = Ledger(tmp_path)
-    ledger.path.mkdir()
+        Ledger(tmp_path).end("001", "finished", "", 1.0)  # reads nothing: the device has no end
+    (tmp_path / "folder" / "trials.jsonl").mkdir(parents=True)
     with pytest.raises(UserError, match=r"cannot read .*trials\.jsonl"):
-        ledger.trials()
+        Ledger(tmp_path / "folder").trials()
 
 
 def test_the_newest_line_of_an_epoch_counts(tmp_path: Path) -> None:
-    """A trial that was started again writes epochs anew; a torn line is none."""
+    """A trial that was started again repeats epochs; a torn line does not count."""
     ledger = Ledger(tmp_path)
     folder = tmp_path / "trials" / ledger.give({})
-    folder.mkdir(parents=True)
-    lines = [json.dumps(record(*pair)) for pair in ((1, 0.1), (2, 0.2), (2, 0.25))]
-    (folder / "metrics.jsonl").write_text("\n".join([*lines, json.dumps(record(3))[:20]]))
-    assert ledger.trials()[0].records == [record(1, 0.1), record(2, 0.25)]
+    (first, second), (_, newer) = epochs(0.1, 0.2), epochs(0.1, 0.25)
+    write_metrics(folder, [first, second, newer])
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write('{"epoch": 3, "val": {')
+    assert ledger.trials()[0].records == [first, newer]
 
 
-@pytest.mark.parametrize(("monitor", "epoch"), [("accuracy", 2), ("macro_f1", 1), ("loss", 3)])
-def test_the_best_epoch(monitor: str, epoch: int) -> None:
-    records = [
-        record(1, accuracy=0.5, macro_f1=0.9, loss=0.7),
-        record(2, accuracy=0.9, macro_f1=0.4, loss=0.6),
-        record(3, accuracy=0.6, macro_f1=0.5, loss=0.1),
-        record(4, accuracy=0.9, macro_f1=0.9, loss=0.1),  # no better than the ones before it
-    ]
-    best = trial("001", *records).best(monitor)
-    assert best is not None
-    assert best["epoch"] == epoch
+def test_the_best_epoch_and_the_order_of_trials() -> None:
+    """Of equals the first; the lower loss is the better one; a trial without an epoch has no place."""
 
+    def trial(name: str, *scores: tuple[float, float, float]) -> Trial:
+        names = ("accuracy", "macro_f1", "loss")
+        records = [{"epoch": i, "val": dict(zip(names, one, strict=True))} for i, one in enumerate(scores, 1)]
+        return Trial(id=name, folder=Path(name), values={}, records=records)
 
-def test_no_epoch_has_no_best() -> None:
+    best = trial("001", (0.5, 0.9, 0.7), (0.9, 0.4, 0.6), (0.6, 0.5, 0.1), (0.9, 0.9, 0.1))
+    for monitor, epoch in (("accuracy", 2), ("macro_f1", 1), ("loss", 3)):
+        assert (best.best(monitor) or {})["epoch"] == epoch
     assert trial("001").best("accuracy") is None
-    assert ranked([trial("001")], "accuracy") == []
-
-
-def test_the_order_of_trials() -> None:
-    some = [trial("001", record(1, 0.5)), trial("002"), trial("003", record(1, 0.9), record(2, 0.1))]
-    some += [trial("004", record(1, 0.5)), trial("005", record(1, 0.2))]
+    some = [trial("001", (0.5, 0.5, 0.5)), trial("002"), trial("003", (0.9, 0.9, 0.2), (0.1, 0.1, 0.9))]
+    some += [trial("004", (0.5, 0.5, 0.5)), trial("005", (0.2, 0.2, 0.01))]
     assert [one.id for one in ranked(some, "accuracy")] == ["003", "001", "004", "005"]
-    assert [one.id for one in ranked(some, "loss")] == ["003", "001", "004", "005"], "the lower loss comes first"
-    some[4].records[0]["val"]["loss"] = 0.01
-    assert ranked(some, "loss")[0].id == "005"
+    assert [one.id for one in ranked(some, "loss")] == ["005", "003", "001", "004"]

@@ -1,68 +1,49 @@
-"""What a search leaves: tables that agree with its trials, and a best model that can be trained again."""
+"""The results of a search: its board while it runs, tables that agree with its trials, and a best model."""
 
 import csv
 import json
 import os
 import re
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
 
 from fer_dist.config import Config, load_config
 from fer_dist.errors import UserError
+from tests.helpers.search_folders import Terminal, add_trial, epochs
+from tune import pictures
+from tune.board import Board
 from tune.ledger import Ledger, Status, Trial
 from tune.report import show, write_report
 
-ROOT = Path(__file__).resolve().parents[2]
 AXES = ("optim.lr", "optim.name", "train.micro_batch")
 SETTINGS = {"searcher": "random", "scheduler": "asha", "seed": 3, "trials": 4, "note": None}
+NAMES = ["best.pth", "best.yaml", "results.csv", "results.json", "search.png"]
 
 
-def epochs(*scores: float) -> list[dict[str, Any]]:
-    """Records with these accuracies; macro-F1 is lower by 0.01, the loss lowest in the first epoch."""
-    return [
-        {
-            "epoch": epoch,
-            "step": 10 * epoch,
-            "lr": 1e-3,
-            "train_loss": 1.0,
-            "val": {"loss": 0.1 * epoch, "accuracy": score, "macro_f1": score - 0.01, "recall": {}, "count": 70},
-            "seconds": 1.5,
-        }
-        for epoch, score in enumerate(scores, 1)
-    ]
+class Made:
+    """A search folder whose trials have the files of a training."""
 
-
-class Search:
-    """A made-up search folder on the disk."""
-
-    def __init__(self, folder: Path, config: Config | None = None) -> None:
-        self.folder, self.config = folder, config or Config()
+    def __init__(self, folder: Path, **config: Any) -> None:
+        self.folder, self.config = folder, Config().override(config)
         folder.mkdir(parents=True)
         self.ledger = Ledger(folder)
 
-    def add(self, status: Status, scores: tuple[float, ...], reason: str = "", **values: Any) -> Path:
-        """A trial; keywords are spelt `optim__lr`."""
+    def add(self, status: Status, accuracies: tuple[float, ...], reason: str = "", **values: Any) -> Path:
+        """Add a trial; keywords are spelt `optim__lr`."""
         given = {name.replace("__", "."): value for name, value in values.items()}
-        name = self.ledger.give(given)
-        folder = self.folder / "trials" / name
-        folder.mkdir(parents=True)
-        own = {"run.name": name, "run.dir": str(folder.parent), "run.resume": "auto"}
-        own |= {"run.progress": "none", "run.stop_signals": "none"}  # a trial is silent, and is stopped by Ray
+        folder = add_trial(self.ledger, given, *accuracies, status=status, reason=reason)
+        own = {"run.name": folder.name, "run.dir": str(folder.parent), "run.resume": "auto"}
+        own |= {"run.progress": "none", "run.stop_signals": "none"}
         (folder / "config.yaml").write_text(self.config.override(given | own).to_yaml())
-        (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in epochs(*scores)))
-        if scores:
-            (folder / "best.pth").write_bytes(f"weights of {name}".encode())
-            order = sorted(epochs(*scores), key=lambda record: record["val"][self.config.train.monitor])
-            best = order[0] if self.config.train.monitor == "loss" else order[-1]
-            (folder / "report.json").write_text(json.dumps({"epoch": best["epoch"]}))
-        if status != "running":
-            self.ledger.end(name, status, reason, 7.5)
+        if accuracies:
+            monitor = self.config.train.monitor
+            (folder / "best.pth").write_bytes(f"weights of {folder.name}".encode())
+            best = 1 if monitor == "loss" else max(epochs(*accuracies), key=lambda one: one["val"][monitor])["epoch"]
+            (folder / "report.json").write_text(json.dumps({"epoch": best}))
         return folder
 
     @property
@@ -80,15 +61,23 @@ class Search:
         def refuse(constant: str) -> None:
             raise AssertionError(f"{constant} is not JSON")
 
-        text = (self.folder / "results.json").read_text()
-        found: dict[str, Any] = json.loads(text, parse_constant=refuse)
+        found: dict[str, Any] = json.loads((self.folder / "results.json").read_text(), parse_constant=refuse)
         return found
+
+    def left(self) -> list[str]:
+        return sorted(path.name for path in self.folder.iterdir() if path.is_file() and path.name != "trials.jsonl")
+
+
+@pytest.fixture(autouse=True)
+def draw_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write an empty search.png; test_pictures.py draws it."""
+    monkeypatch.setattr(pictures, "search_picture", lambda trials, axes, monitor, path, title: path.touch())
 
 
 @pytest.fixture
-def search(tmp_path: Path) -> Search:
-    """Four trials: 002 is the best by accuracy, 003 by loss, 004 has failed without an epoch."""
-    made = Search(tmp_path / "tune_runs" / "x")
+def made(tmp_path: Path) -> Made:
+    """Four trials: 002 is the best by accuracy, 004 has failed without an epoch."""
+    made = Made(tmp_path / "tune_runs" / "x")
     made.add("finished", (0.5, 0.6, 0.55), optim__lr=1e-5, optim__name="adam", train__micro_batch=None)
     made.add("finished", (0.7, 0.9321, 0.8), optim__lr=1 / 3, optim__name="sgd", train__micro_batch=8)
     made.add("stopped", (0.4,), "by the scheduler", optim__lr=0.1, optim__name="sgd", train__micro_batch=None)
@@ -96,26 +85,17 @@ def search(tmp_path: Path) -> Search:
     return made
 
 
-def left(folder: Path) -> list[str]:
-    """Names of the files in a folder."""
-    return sorted(path.name for path in folder.iterdir() if path.is_file())
-
-
-def test_all_files_are_there_and_no_others(search: Search) -> None:
-    report = search.report()
-    assert report.best is not None
+def test_all_files_are_written_and_no_others(made: Made) -> None:
+    report = made.report()
     assert report.best.id == "002"
-    names = ["best.pth", "best.yaml", "results.csv", "results.json", "search.png"]
-    assert sorted(path.name for path in report.files) == names
-    assert left(search.folder) == sorted([*names, "trials.jsonl"]), "nothing half-written stays"
-    with Image.open(search.folder / "search.png") as image:
-        assert image.format == "PNG"
-        image.load()
+    assert sorted(path.name for path in report.files) == made.left() == NAMES
+    with pytest.raises(UserError, match="cannot write"):
+        write_report(made.folder / "missing", made.trials, made.config, AXES, SETTINGS)
 
 
-def test_results_csv(search: Search) -> None:
-    search.report()
-    rows = search.rows()
+def test_results_csv(made: Made) -> None:
+    made.report()
+    rows = made.rows()
     assert list(rows[0]) == [
         "trial", "status", *AXES, "epochs", "best_epoch", "accuracy", "macro_f1", "loss", "seconds", "reason",
     ]  # fmt: skip
@@ -129,22 +109,17 @@ def test_results_csv(search: Search) -> None:
     assert float(second["seconds"]) == 7.5
     assert rows[0]["train.micro_batch"] == "none"
     failed = rows[3]
-    assert (failed["epochs"], failed["best_epoch"], failed["accuracy"], failed["loss"]) == ("0", "", "", "")
-    assert failed["train.micro_batch"] == "", "it was given none"
+    assert [failed[name] for name in ("epochs", "best_epoch", "accuracy", "loss")] == ["0", "", "", ""]
+    assert failed["train.micro_batch"] == "", "it has no value"
     assert failed["reason"] == "UserError: no?[31m data -> give some"
-
-
-def test_results_csv_by_loss(search: Search) -> None:
-    search.config = search.config.override({"train.monitor": "loss"})
-    report = search.report()
-    rows = search.rows()
-    assert list(rows[0])[7:10] == ["loss", "accuracy", "macro_f1"]
-    assert [row["best_epoch"] for row in rows] == ["1", "1", "1", ""]
-    assert report.best.id == "001", "of equals the first"
+    made.config = made.config.override({"train.monitor": "loss"})
+    assert made.report().best.id == "001", "of equals the first"
+    assert list(made.rows()[0])[7:10] == ["loss", "accuracy", "macro_f1"]
+    assert [row["best_epoch"] for row in made.rows()] == ["1", "1", "1", ""]
 
 
 @pytest.mark.parametrize(
-    ("text", "cell"),
+    ("value", "cell"),
     [
         ("=1+1", "'=1+1"),
         ("+a", "'+a"),
@@ -152,60 +127,50 @@ def test_results_csv_by_loss(search: Search) -> None:
         ("@SUM(A1)", "'@SUM(A1)"),
         ("-3e-4", "-3e-4"),
         ("+5", "+5"),
-        ("plain", "plain"),
-        ('with "quotes", and\na line', 'with "quotes", and\na line'),
+        ('数据 with "quotes", and\na line', '数据 with "quotes", and\na line'),
+        (-0.5, "-0.5"),
+        (True, "true"),
+        ({"a": [1, None]}, '{"a": [1, null]}'),
     ],
 )
-def test_no_spreadsheet_computes_a_text(tmp_path: Path, text: str, cell: str) -> None:
-    search = Search(tmp_path / "x")
-    search.add("finished", (0.5,), data__path=text)
-    search.add("failed", (), text, optim__lr=0.1)
-    search.report(("data.path",))
-    assert search.rows()[0]["data.path"] == cell
-    assert search.rows()[1]["reason"] == " ".join(cell.split())
+def test_cells_are_spelt_as_on_the_command_line(tmp_path: Path, value: Any, cell: str) -> None:
+    """A spreadsheet must not compute a text."""
+    made = Made(tmp_path / "x")
+    reason = value if isinstance(value, str) else ""
+    trial = Trial(id="001", folder=tmp_path, values={"data.path": value}, status="failed", reason=reason)
+    write_report(made.folder, [trial], made.config, ("data.path",), SETTINGS)
+    assert made.rows()[0]["data.path"] == cell
+    assert made.rows()[0]["reason"] == (" ".join(cell.split()) if reason else "")
 
 
-def test_values_in_the_csv_are_spelt_as_on_the_command_line(tmp_path: Path) -> None:
-    search = Search(tmp_path / "x")
-    values = {"optim.lr": -0.5, "train.compile": True, "model.options": {"a": [1, None]}, "model.arch": "数据"}
-    trial = Trial(id="001", folder=tmp_path, values=values, status="failed")
-    write_report(search.folder, [trial], search.config, list(values), SETTINGS)
-    row = search.rows()[0]
-    assert [row[name] for name in values] == ["-0.5", "true", '{"a": [1, null]}', "数据"]
-
-
-def test_results_json(search: Search) -> None:
-    search.report()
-    found = search.results()
+def test_results_json(made: Made) -> None:
+    made.report()
+    found = made.results()
     assert found["settings"] == SETTINGS
     assert (found["monitor"], found["axes"], found["epochs_trained"]) == ("accuracy", list(AXES), 7)
     values = {"optim.lr": 1 / 3, "optim.name": "sgd", "train.micro_batch": 8}
     scores = {"epoch": 2, "accuracy": 0.9321, "macro_f1": 0.9321 - 0.01, "loss": 0.2}
     assert found["best"] == {"trial": "002", "values": values, **scores}
     assert [one["trial"] for one in found["trials"]] == ["001", "002", "003", "004"]
-    second = found["trials"][1]
+    second, failed = found["trials"][1], found["trials"][3]
     assert (second["values"], second["best"], second["status"], second["seconds"]) == (values, scores, "finished", 7.5)
     assert [point["epoch"] for point in second["curve"]] == [1, 2, 3]
     assert second["curve"][1] == scores
-    failed = found["trials"][3]
     assert (failed["best"], failed["curve"]) == (None, [])
-    assert failed["reason"] == "UserError: no\x1b[31m data\n  -> give some", "here it is whole"
-
-
-def test_a_number_that_is_none_is_no_json(search: Search) -> None:
-    trials = search.trials
+    assert failed["reason"] == "UserError: no\x1b[31m data\n  -> give some", "whole"
+    trials = made.trials
     trials[0].records[0]["val"]["macro_f1"] = float("nan")
-    write_report(search.folder, trials, search.config, AXES, {"grace": float("inf")})
-    assert search.results()["trials"][0]["curve"][0]["macro_f1"] is None
-    assert search.results()["settings"] == {"grace": None}
+    write_report(made.folder, trials, made.config, AXES, {"grace": float("inf")})
+    assert made.results()["trials"][0]["curve"][0]["macro_f1"] is None, "JSON has no NaN"
+    assert made.results()["settings"] == {"grace": None}
 
 
-def test_best_yaml(search: Search) -> None:
-    base = search.config = search.config.override({"run.tensorboard": False, "run.progress": "plain", "run.keep": 7})
-    search.add("finished", (0.1, 0.2, 0.99), optim__lr=0.7, optim__name="adam", train__micro_batch=4)
-    search.report()
-    path = search.folder / "best.yaml"
-    was, now = load_config(str(search.folder / "trials" / "005" / "config.yaml")), load_config(str(path))
+def test_best_yaml(made: Made) -> None:
+    base = made.config = made.config.override({"run.tensorboard": False, "run.progress": "plain", "run.keep": 7})
+    made.add("finished", (0.1, 0.2, 0.99), optim__lr=0.7, optim__name="adam", train__micro_batch=4)
+    made.report()
+    path = made.folder / "best.yaml"
+    was, now = load_config(str(made.folder / "trials" / "005" / "config.yaml")), load_config(str(path))
     assert (was.run.name, was.run.progress, was.run.stop_signals) == ("005", "none", "none")
     assert (now.run.name, now.run.dir, now.run.resume) == (None, "runs", "restart"), "a run of its own"
     assert (now.run.progress, now.run.stop_signals) == ("plain", base.run.stop_signals), "as in the search"
@@ -215,92 +180,74 @@ def test_best_yaml(search: Search) -> None:
     lines = path.read_text().splitlines()
     assert [line.startswith("#") for line in lines[:3]] == [True, True, False]
     assert "trial 005, accuracy 99.00% in epoch 3" in lines[0]
-    assert str(search.folder) in lines[0]
+    assert str(made.folder) in lines[0]
     assert lines[1].endswith(f"torchrun --standalone --nproc_per_node=1 -m fer_dist.train --config {path}")
 
 
-def test_a_line_end_in_a_name_ends_no_comment(tmp_path: Path) -> None:
-    search = Search(tmp_path / "runs of\nmine")
-    search.add("stopped", (0.5,), optim__lr=0.1)
-    search.report(("optim.lr",))
-    text = (search.folder / "best.yaml").read_text()
-    assert [line[:1] for line in text.splitlines()[:3]] == ["#", "#", "s"]
-    assert load_config(str(search.folder / "best.yaml")).optim.lr == 0.1
+def test_a_newline_in_a_name_stays_in_the_comment(tmp_path: Path) -> None:
+    made = Made(tmp_path / "runs of\nmine")
+    made.add("stopped", (0.5,), optim__lr=0.1)
+    made.report(("optim.lr",))
+    assert [line[:1] for line in (made.folder / "best.yaml").read_text().splitlines()[:3]] == ["#", "#", "s"]
+    assert load_config(str(made.folder / "best.yaml")).optim.lr == 0.1
 
 
-def test_best_pth_is_the_same_file_or_a_copy(search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
-    search.report()
-    source, target = search.folder / "trials" / "002" / "best.pth", search.folder / "best.pth"
-    assert target.samefile(source)
-    search.report()  # rename does nothing where both names are one file
-    assert "tmp" not in " ".join(left(search.folder))
+def test_best_pth_is_the_same_file_or_a_copy(made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    source, target = made.folder / "trials" / "002" / "best.pth", made.folder / "best.pth"
+    for _ in range(2):  # rename does nothing where both names are one file
+        made.report()
+        assert target.samefile(source)
+        assert made.left() == NAMES
 
     def refuse(*names: object) -> None:
         raise OSError(1, "no links here")
 
     monkeypatch.setattr(os, "link", refuse)
-    search.report()
+    made.report()
     assert not target.samefile(source)
     assert target.read_bytes() == b"weights of 002"
-    assert "tmp" not in " ".join(left(search.folder))
+    assert made.left() == NAMES
 
 
-def test_a_best_pth_of_another_epoch_is_left_out(search: Search) -> None:
-    """A trial that was killed had told of its best epoch, but not saved it."""
-    search.report()
-    for content in ('{"epoch": 1}', "torn", '{"other": 2}', "[]"):
-        (search.folder / "trials" / "002" / "report.json").write_text(content)
-        report = search.report()
-        assert report.best is not None
-        assert report.best.id == "002"
+def test_best_pth_follows_the_best(made: Made) -> None:
+    """A best.pth of another epoch or trial is removed: a killed trial may have reported an epoch before it saved."""
+    made.report()
+    folder = made.add("finished", (0.99,), optim__lr=0.5, optim__name="adam", train__micro_batch=None)
+    made.report()
+    assert (made.folder / "best.pth").read_bytes() == b"weights of 005"
+    assert (made.folder / "trials" / "002" / "best.pth").read_bytes() == b"weights of 002", "its own stays"
+    for content in ('{"epoch": 2}', "torn", '{"other": 1}', "[]", '{"epoch": 1}'):
+        if content == '{"epoch": 1}':  # the right epoch, but its file is gone
+            (folder / "best.pth").unlink()
+        (folder / "report.json").write_text(content)
+        report = made.report()
+        assert report.best.id == "005"
         assert "best.pth" not in [path.name for path in report.files]
-        assert not (search.folder / "best.pth").exists()
-
-
-def test_best_pth_follows_the_best(search: Search) -> None:
-    search.report()
-    folder = search.add("finished", (0.99,), optim__lr=0.5, optim__name="adam", train__micro_batch=None)
-    search.report()
-    assert (search.folder / "best.pth").read_bytes() == b"weights of 005"
-    assert (search.folder / "trials" / "002" / "best.pth").read_bytes() == b"weights of 002", "its own stays"
-    (folder / "best.pth").unlink()
-    report = search.report()
-    assert "best.pth" not in [path.name for path in report.files]
-    assert not (search.folder / "best.pth").exists(), "of another trial than best.yaml"
+        assert "best.pth" not in made.left()
+        (made.folder / "best.pth").write_bytes(b"of an earlier report")
 
 
 def test_no_trial_has_an_epoch(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    search = Search(tmp_path / "x")
-    search.add("failed", (), "out of memory", optim__lr=0.1)
-    search.add("running", (), optim__lr=0.2)
-    report = search.report(("optim.lr",))
-    assert report.best is None
-    assert left(search.folder) == ["results.csv", "results.json", "search.png", "trials.jsonl"]
-    assert [row["reason"] for row in search.rows()] == ["out of memory", ""]
-    assert search.results()["best"] is None
-    show(search.trials, "accuracy", ("optim.lr",), search.folder)
+    made = Made(tmp_path / "x")
+    assert made.report().best is None
+    assert (made.rows(), made.results()["trials"]) == ([], [])
+    show([], "loss", AXES, made.folder)
+    assert "best: none" in capsys.readouterr().out
+    made.add("failed", (), "out of memory", optim__lr=0.1)
+    made.add("running", (), optim__lr=0.2)
+    assert made.report(("optim.lr",)).best is None
+    assert made.left() == ["results.csv", "results.json", "search.png"]
+    assert [row["reason"] for row in made.rows()] == ["out of memory", ""]
+    assert made.results()["best"] is None
+    show(made.trials, "accuracy", ("optim.lr",), made.folder)
     printed = capsys.readouterr().out
     assert "out of memory" in printed
     assert printed.splitlines()[-1].startswith("best: none")
 
 
-def test_no_trial_at_all(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    search = Search(tmp_path / "x")
-    assert search.report().best is None
-    assert search.rows() == []
-    assert search.results()["trials"] == []
-    show([], "loss", AXES, search.folder)
-    assert "best: none" in capsys.readouterr().out
-
-
-def test_a_folder_that_cannot_be_written(search: Search) -> None:
-    with pytest.raises(UserError, match="cannot write"):
-        write_report(search.folder / "missing", search.trials, search.config, AXES, SETTINGS)
-
-
-def test_show(search: Search, capsys: pytest.CaptureFixture[str]) -> None:
-    search.report()
-    show(search.trials, "accuracy", AXES, search.folder)
+def test_show(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    made.report()
+    show(made.trials, "accuracy", AXES, made.folder)
     lines = capsys.readouterr().out.splitlines()
     table = [line.split() for line in lines[:5]]
     assert table[0][:3] == ["trial", "status", "accuracy"]
@@ -309,66 +256,73 @@ def test_show(search: Search, capsys: pytest.CaptureFixture[str]) -> None:
     assert table[1] == ["002", "finished", "93.21%", "2", "3", "7.5", "0.3333", "sgd", "8"]
     assert lines[4].rstrip().endswith("UserError: no?[31m data")
     assert lines[5:] == [
-        f"best: trial 002, accuracy 93.21% in epoch 2: {search.folder}/best.pth",
+        f"best: trial 002, accuracy 93.21% in epoch 2: {made.folder}/best.pth",
         "repeat it, or train it for longer: torchrun --standalone --nproc_per_node=1 -m fer_dist.train "
-        f"--config {search.folder}/best.yaml",
-        f"picture: {search.folder}/search.png",
+        f"--config {made.folder}/best.yaml",
+        f"picture: {made.folder}/search.png",
     ]
 
 
-def test_show_by_loss_in_a_folder_with_a_blank(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    search = Search(tmp_path / "a b", Config().override({"train.monitor": "loss"}))
-    folder = search.add("finished", (0.5, 0.6), optim__lr=0.1)
-    (folder / "best.pth").unlink()
-    search.report(("optim.lr",))
-    show(search.trials, "loss", ("optim.lr",), search.folder)
+def test_show_by_loss_in_a_folder_with_a_space(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = Made(tmp_path / "a b", **{"train.monitor": "loss"})
+    (made.add("finished", (0.5, 0.6), optim__lr=0.1) / "best.pth").unlink()
+    made.report(("optim.lr",))
+    show(made.trials, "loss", ("optim.lr",), made.folder)
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-3] == "best: trial 001, loss 0.1000 in epoch 1", "there is no best.pth"
-    assert lines[-2].endswith(f"--config '{search.folder}/best.yaml'")
-    assert lines[-1] == f"picture: '{search.folder}/search.png'"
+    assert lines[-3] == "best: trial 001, loss 0.1000 in epoch 1", "without best.pth"
+    assert lines[-2].endswith(f"--config '{made.folder}/best.yaml'")
+    assert lines[-1] == f"picture: '{made.folder}/search.png'"
 
 
-def test_show_cuts_and_keeps_apart(search: Search, capsys: pytest.CaptureFixture[str]) -> None:
-    trials = [replace(search.trials[3], reason="x" * 200, values={"optim.name": "a :smile: [b]", "data.name": None})]
-    show(trials, "accuracy", ("optim.name", "data.name"), search.folder)
+def test_show_cuts_long_reasons_and_prints_no_markup(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    trials = [replace(made.trials[3], reason="x" * 200, values={"optim.name": "a :smile: [b]", "data.name": None})]
+    show(trials, "accuracy", ("optim.name", "data.name"), made.folder)
     head, row = capsys.readouterr().out.splitlines()[:2]
     assert head.split()[-3:] == ["optim.name", "data.name", "reason"], "two settings end in name"
     assert row.rstrip().endswith("x" * 79 + "…")
     assert "x" * 80 not in row
-    assert "a :smile: [b]" in row, "taken for no markup"
+    assert "a :smile: [b]" in row
+
+
+def terminal_of(rows: int, columns: int, monkeypatch: pytest.MonkeyPatch) -> Terminal:
+    """Replace stdout by a terminal of a size."""
+    for name, value in (("TERM", "xterm"), ("LINES", str(rows)), ("COLUMNS", str(columns))):
+        monkeypatch.setenv(name, value)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stdout", terminal)
+    return terminal
 
 
 @pytest.mark.parametrize(("columns", "head"), [(200, "global_batch"), (100, "settings")])
-def test_show_fits_a_terminal(columns: int, head: str, search: Search, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A setting has a column where there is room for all of them."""
-    monkeypatch.setenv("COLUMNS", str(columns))
-    monkeypatch.setenv("TERM", "xterm")
-    axes = [*AXES, "train.global_batch", "train.label_smoothing"]
-    code = (
-        "import json, sys; from pathlib import Path; from tune.ledger import Ledger; from tune.report import show\n"
-        "sys.stdout.isatty = lambda: True\n"
-        "folder = Path(sys.argv[1]); show(Ledger(folder).trials(), 'accuracy', json.loads(sys.argv[2]), folder)"
-    )
-    line = [sys.executable, "-c", code, str(search.folder), json.dumps(axes)]
-    done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, check=True)
-    table = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout).split("best: ")[0].splitlines()
+def test_show_fits_a_terminal(columns: int, head: str, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A setting has its own column if there is room for all of them."""
+    terminal = terminal_of(40, columns, monkeypatch)
+    show(made.trials, "accuracy", [*AXES, "train.global_batch", "train.label_smoothing"], made.folder)
+    table = re.sub(r"\x1b\[[0-9;]*m", "", terminal.getvalue()).split("best: ")[0].splitlines()
     assert any(head in line for line in table)
     assert max(map(len, table)) <= columns
-    assert "…" not in "".join(table)
     text = " ".join("".join(table).split())
+    assert "…" not in text
     assert "0.3333" in text
     assert "no?[31m data" in text
 
 
-def test_help_is_fast() -> None:
-    """The command imports this module before it knows that there is something to report."""
-    heavy = ("torch", "numpy", "matplotlib", "rich", "ray")
-    code = f"import sys, tune.report; print(*sorted(set(sys.modules) & set({heavy})))"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == ""
+def test_the_board_prints_lines_without_a_terminal(made: Made, capsys: pytest.CaptureFixture[str]) -> None:
+    with Board(made.ledger.trials, "accuracy", ["optim.lr"]) as board:
+        board.tell("trial 001 \x1b[2J starts")
+    assert capsys.readouterr().out == "trial 001 ?[2J starts\n"
 
 
-def test_neither_needs_ray() -> None:
-    code = "import sys, tune.pictures, tune.report; print('ray' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "False"
+@pytest.mark.parametrize(("rows", "columns"), [(40, 140), (12, 60)])
+def test_the_board_on_a_terminal(rows: int, columns: int, made: Made, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table has running and ended trials with the newest line, and is wiped at the end."""
+    made.add("running", (0.71,), optim__lr=0.25)
+    terminal = terminal_of(rows, columns, monkeypatch)
+    with Board(made.ledger.trials, "accuracy", ["optim.lr"]) as board:
+        board.tell("trial 005 starts")
+        board.tell("trial 005 epoch 1/3: accuracy 71.00%")
+    text = terminal.getvalue()
+    for word in ("running", "finished", "71.00%", "93.21%", "0.25", "trial 005 epoch 1/3"):
+        assert word in text, text
+    assert text.count("\x1b[2K") > 5, "lines are wiped before others are drawn"
+    assert text.endswith("\x1b[2K"), "nothing is left"
