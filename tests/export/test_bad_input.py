@@ -84,11 +84,14 @@ def test_a_broken_source_is_refused(what: str, good: Path, tmp_path: Path) -> No
     assert refused.value.fix
 
 
-@pytest.mark.parametrize("what", ["truncated best.pth", "pipe best.onnx"])
-@pytest.mark.parametrize("words", [["export.onnx"], ["export.trt", "--backend", "rtx"]], ids=lambda words: words[0])
+@pytest.mark.parametrize(
+    ("words", "what"),
+    [(["export.onnx"], "truncated best.pth"), (["export.trt", "--backend", "rtx"], "pipe best.onnx")],
+)
 def test_a_command_says_one_error_and_writes_nothing(words: list[str], what: str, good: Path, tmp_path: Path) -> None:
     """Without a traceback or a warning, and with the exit code of errors."""
-    pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: no engine can be built here")
+    if "rtx" in words:
+        pytest.importorskip("tensorrt_rtx", reason="tensorrt_rtx is not installed: no engine can be built here")
     path = make_broken(what, tmp_path, good)
     before = names(tmp_path)
     done = python("-m", words[0], str(path), *words[1:])
@@ -137,7 +140,7 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
 @pytest.mark.usefixtures("exported_before")
 @pytest.mark.parametrize(
     ("graphs", "expected"),
-    [(0.5, set()), (1.05, None), (1.5, {"best.onnx"}), (3, {"best.onnx", "best.engine"})],
+    [(0.5, set()), (1.05, None), (1.5, {"best.onnx"}), (6, {"best.onnx", "best.engine"})],
 )
 def test_a_full_disk_keeps_whole_artifacts_only(
     graphs: float, expected: set[str] | None, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

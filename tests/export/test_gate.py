@@ -226,6 +226,7 @@ def test_without_the_data_accuracy_is_not_meaningful() -> None:
     assert not open_data({}, SPEC, None, said.append).meaningful, "an ONNX file without its JSON file"
 
 
+@pytest.mark.usefixtures("few_faces")
 def test_hostile_settings_are_refused() -> None:
     values = ({"embedded_val": "999999999"}, {"embedded_train": 10**9}, {"path": 7}, {"on_error": "explode"})
     for settings in (*({"data": one} for one in values), *({"data": {}, "seed": seed} for seed in ("x", -1, [1]))):

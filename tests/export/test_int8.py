@@ -94,25 +94,31 @@ def test_the_first_that_passes() -> None:
 
 
 def test_ladder() -> None:
+    """Ranges by three methods, then the best of them with more and more layers in float32, until one passes."""
     agreements = (0.5, 0.7, 0.6, 0.65, 0.9, 0.8, 0.85)
     starts = ("min-max ranges", "99.99% percentile ranges", "entropy ranges", *["99.99% percentile ranges"] * 4)
-    seen = set()
-    for refused in range(len(agreements) + 1):
-        judge = stern(refused, agreements)
+    left_out = (0, 0, 0, 1, 2, 4, 7)
+    for refused, method, chosen in ((2, "entropy", 2), (5, "percentile", 5), (7, "percentile", 4)):
+        seen: list[bytes] = []
+        verdicts = stern(refused, agreements)
+
+        def judge(model: onnx.ModelProto) -> Verdict:
+            seen.append(model.SerializeToString(deterministic=True))  # noqa: B023
+            return verdicts(model)  # noqa: B023
+
         model, notes, calibration = to_int8(graph_of("patt_lite"), SAMPLE, form="int8.cpu", judge=judge)
-        attempts = notes[1 : 1 + min(refused + 1, len(agreements))]
-        for line, start, share in zip(attempts, starts, agreements, strict=False):
+        attempts = notes[1 : 1 + len(seen)]
+        assert len(attempts) == len(set(seen)) == min(refused + 1, 7), "two attempts gave the same graph"
+        for line, start, share, count in zip(attempts, starts, agreements, left_out, strict=False):
             assert line.startswith(start)
             assert f"top-1 agreement {share:.2%}, " in line
+            assert (f", {count} of 14 layers left in float32 (" in line) == (count > 0)
         assert [line.endswith(", did not pass") for line in attempts] == [i < refused for i in range(len(attempts))]
-        assert len(notes) == 1 + len(attempts) + (refused == len(agreements))
-        left = [0, 0, 0, 1, 2, 4, 7][refused] if refused < len(agreements) else 2
-        assert len(calibration["left_out"]) == left
-        assert calibration["layers"] == 14 - left
-        seen.add(model.SerializeToString(deterministic=True))
-    assert notes[-1] == "none of these passed; this is the best, with 90.00%"
-    assert len(seen) == len(agreements), "two attempts gave the same graph"
-    assert calibration["method"] == "percentile"
+        assert model.SerializeToString(deterministic=True) == seen[chosen]
+        assert (calibration["method"], len(calibration["left_out"])) == (method, left_out[chosen])
+        assert calibration["layers"] == 14 - left_out[chosen]
+        best = ["none of these passed; this is the best, with 90.00%"] if refused == 7 else []
+        assert notes[1 + len(seen) :] == best
 
 
 def test_the_layer_that_hurts_is_left_out_first() -> None:
@@ -148,11 +154,11 @@ def test_another_process_makes_the_same_bytes(tmp_path: Path) -> None:
     code = """
 import hashlib, numpy, onnx, types
 from export.int8 import to_int8
-for form in ("int8", "int8.cpu"):
+for form, refused in (("int8", 4), ("int8.cpu", 2)):
     judged = []
     def judge(model):
         judged.append(model)
-        return types.SimpleNamespace(passed=len(judged) > 4, top1_agreement=0.5)
+        return types.SimpleNamespace(passed=len(judged) > refused, top1_agreement=0.5)
     made = to_int8(onnx.load("given.onnx"), numpy.load("pictures.npy"), form=form, judge=judge)
     print(hashlib.sha256(made[0].SerializeToString(deterministic=True)).hexdigest(), made[1:])
 """
@@ -160,8 +166,8 @@ for form in ("int8", "int8.cpu"):
     line = [sys.executable, "-c", code]
     done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
     expected = ""
-    for form in FORMS:
-        model, *rest = to_int8(graph_of("patt_lite"), SAMPLE, form=form, judge=stern(4))
+    for form, refused in zip(FORMS, (4, 2), strict=True):
+        model, *rest = to_int8(graph_of("patt_lite"), SAMPLE, form=form, judge=stern(refused))
         digest = hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
         expected += f"{digest} {tuple(rest)}\n"
     assert (done.stdout, done.stderr) == (expected, "")

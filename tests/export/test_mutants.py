@@ -1,35 +1,22 @@
 """Exports that are not the model, each by a mistake that exporters have made: the gate must reject every one."""
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-import torch
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers.models.vit_mae.modeling_vit_mae import ViTMAEEmbeddings
 
-from export.graph import to_onnx
-from fer_dist.errors import UserError
-from fer_dist.models import FaceModel
 from fer_dist.serve.artifact import LOGITS, PROBABILITIES, onnx_metadata
-from fer_dist.serve.onnxfile import read_onnx
 from tests.helpers.exporting import SHA256, Gate, copied, graph_of, lively
 from tests.helpers.onnx_graphs import constants, set_constant
 
 Graph = onnx.ModelProto
 Floats = NDArray[np.float32]
-
-
-def rejected(gate: Gate, candidate: Graph | FaceModel) -> bool:
-    report = gate.judge(candidate)
-    assert report.passed == (not report.reasons)
-    return not report.passed
 
 
 # -- mistakes in the graph of a ViT
@@ -108,7 +95,7 @@ def test_a_mistake_in_the_graph_is_rejected(change: Callable[[Graph], None], gat
     graph = copied(graph_of("vit"))
     change(graph)
     onnx.checker.check_model(graph)
-    assert rejected(gate_of("vit"), graph)
+    assert not gate_of("vit").judge(graph).passed
 
 
 # -- mistakes in the stored numbers of a PAtt-Lite
@@ -163,7 +150,7 @@ def test_a_mistake_in_the_numbers_is_rejected(what: str, gate_of: Callable[[str]
     assert chosen
     for name, values in chosen.items():
         set_constant(graph, name, change(values))
-    assert rejected(gate_of("patt_lite"), graph)
+    assert not gate_of("patt_lite").judge(graph).passed
 
 
 # -- mistakes in the model before it is exported
@@ -176,24 +163,10 @@ class NoPreprocessing(nn.Module):
         return images_N1SS.float().expand(-1, 3, -1, -1)
 
 
-class Enlarged(nn.Module):
-    """Lose detail of the pictures before the preprocessing, as another interpolation does."""
-
-    def __init__(self, before: nn.Module) -> None:
-        super().__init__()
-        self.before = before
-
-    def forward(self, images_N1SS: Tensor) -> Tensor:
-        small = F.interpolate(images_N1SS.float(), size=(32, 32), mode="bilinear")
-        pixels: Tensor = self.before(F.interpolate(small, size=(48, 48), mode="bilinear"))
-        return pixels
-
-
-def test_another_preprocessing_is_rejected(gate_of: Callable[[str], Gate]) -> None:
+def test_missing_preprocessing_is_rejected(gate_of: Callable[[str], Gate]) -> None:
     model = lively("patt_lite")
-    for other in (NoPreprocessing(), Enlarged(model.preprocess)):
-        model.preprocess = other  # type: ignore[assignment]
-        assert rejected(gate_of("patt_lite"), model)
+    model.preprocess = NoPreprocessing()  # type: ignore[assignment]
+    assert not gate_of("patt_lite").judge(model).passed
 
 
 def test_masking_left_on_is_rejected(gate_of: Callable[[str], Gate]) -> None:
@@ -202,11 +175,11 @@ def test_masking_left_on_is_rejected(gate_of: Callable[[str], Gate]) -> None:
     embeddings: Any = model.network.get_submodule("encoder.embeddings")
     del embeddings.random_masking
     assert type(embeddings).random_masking is ViTMAEEmbeddings.random_masking
-    assert rejected(gate_of("vit_mae"), model)
+    assert not gate_of("vit_mae").judge(model).passed
 
 
-def test_attention_across_the_batch_is_rejected(gate_of: Callable[[str], Gate], tmp_path: Path) -> None:
-    """The paper's code takes the batch for the sequence. The reader of ONNX files refuses such a graph, too."""
+def test_attention_across_the_batch_is_rejected(gate_of: Callable[[str], Gate]) -> None:
+    """The paper's code takes the batch for the sequence."""
     model = lively("patt_lite")
     network: Any = model.network
     network.attention.batch_first = False
@@ -220,7 +193,3 @@ def test_attention_across_the_batch_is_rejected(gate_of: Callable[[str], Gate], 
     report = gate_of("patt_lite").judge(model)
     assert not report.passed
     assert report.by_batch[1] > 1e-3, "of a batch of one it makes one patch"
-    with torch.no_grad():
-        (tmp_path / "best.onnx").write_bytes(to_onnx(model, SHA256).SerializeToString())
-    with pytest.raises(UserError, match="grows faster than the batch"):
-        read_onnx(tmp_path / "best.onnx")
