@@ -203,8 +203,8 @@ def test_a_disk_that_fails_leaves_the_last_checkpoint(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 3 MB; only root can mount one."""
-    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(tmp_path)]
+    """A file system of 1.6 MB, the size of four checkpoints and their plots; only root can mount one."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1600k", "tmpfs", str(tmp_path)]
     mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
     if mounted.returncode:
         pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")

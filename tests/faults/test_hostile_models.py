@@ -148,7 +148,8 @@ def weights(folder: Path) -> dict[str, Tensor]:
 
 def sharded(folder: Path, suffix: str = "safetensors") -> dict[str, Tensor]:
     """Turn the weights of a folder into two shards and an index."""
-    state, places = weights(folder), {}
+    state = weights(folder)
+    places: dict[str, str] = {}
     for start in range(2):
         tensors = {name: state[name].contiguous() for name in sorted(state)[start::2]}
         places |= dict.fromkeys(tensors, f"{start}.{suffix}")
@@ -265,9 +266,9 @@ def test_wrong_sizes_and_colours_are_refused(folder: Path) -> None:
 def test_wrong_sizes_in_the_spec_of_a_checkpoint_are_refused(folder: Path) -> None:
     spec = load_folder(folder).spec.to_dict()
     build(ModelSpec.from_dict(spec))
-    for wrong in ({"hidden_size": 2**20}, {"hidden_size": "32"}, {"num_hidden_layers": 10**6}, {"qkv_bias": []}):
+    for name, value in (("hidden_size", 2**20), ("hidden_size", "32"), ("num_hidden_layers", 10**6), ("qkv_bias", [])):
         with pytest.raises(UserError):
-            build(ModelSpec.from_dict(spec | {"options": spec["options"] | wrong}))
+            build(ModelSpec.from_dict(spec | {"options": spec["options"] | {name: value}}))
 
 
 def test_wrong_state_dicts_are_refused(folder: Path) -> None:

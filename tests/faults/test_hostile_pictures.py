@@ -115,15 +115,15 @@ def test_a_photo_has_larger_bounds(tmp_path: Path) -> None:
     """A photo of the largest size is read; what `decode_photo` shares with `decode` refuses the rest."""
     (tmp_path / "1.png").write_bytes(encoded("PNG", Image.new("L", (8192, 6144)), compress_level=1))
     read_within("photo", tmp_path / "1.png", "", max_mib=320)
-    files = {
-        "2.png": (png(width=8193, height=6144), "8193x6144 pixels, over 50,331,648"),
+    files: dict[str, tuple[Callable[[], bytes], str]] = {
+        "2.png": (lambda: png(width=8193, height=6144), "8193x6144 pixels, over 50,331,648"),
         "3.png": BOMBS["text of 256 MiB"][1:],
         "4.gif": BOMBS["GIF of 400 large pictures"][1:],
         "5.jpg": BOMBS["JPEG of 100,000 scans"][1:],
-        "6.jpg": (bytes(65 * 2**20), "more than a picture may have (67,108,864)"),
+        "6.jpg": (lambda: bytes(65 * 2**20), "more than a picture may have (67,108,864)"),
     }
-    for name, (raw, problem) in files.items():
-        (tmp_path / name).write_bytes(raw if isinstance(raw, bytes) else raw())
+    for name, (make, problem) in files.items():
+        (tmp_path / name).write_bytes(make())
         read_within("photo", tmp_path / name, problem, max_mib=320)
 
 

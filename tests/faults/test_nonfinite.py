@@ -29,7 +29,7 @@ def faulty(tmp_path_factory: pytest.TempPathFactory) -> Launch:
         tmp_path_factory.mktemp("faulty"),
         2,
         {"rank": 1, "spoil": spoil | {"23": "loss"}},
-        settings={"train__max_skipped": 2, "run__progress": "plain"},
+        settings={"train__max_skipped": 2, "run__progress": "plain", "optim__schedule": "constant"},
         restarts=0,
     )
 
