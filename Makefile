@@ -2,8 +2,8 @@
 #
 #   PYTHON=python3.12    the interpreter to make .venv with (3.11 or 3.12)
 #   CONSTRAINTS=FILE     versions for pip; CONSTRAINTS= takes the newest
-#   PYTEST="-m slow"     arguments for pytest, with `make test`
-#   JOBS=2               files of tests run side by side, with `make test`; each takes 2 GB of memory
+#   PYTEST="-k resume"   arguments for pytest, with `make test`, `make test-all` and `make coverage`
+#   JOBS=2               processes that run tests, a file at a time; each needs 2 GB of memory
 #   DATA=archive.zip     FER2013, with `make reproduce`; WEIGHTS=FILE, RECIPE=NAME, RUN=FOLDER, INTO=FOLDER as well
 
 PYTHON ?= python3
@@ -18,11 +18,11 @@ STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 PIN = $(if $(strip $(CONSTRAINTS)),-c $(CONSTRAINTS))
 
-.PHONY: help install demo reproduce test check format clean FORCE
+.PHONY: help install demo reproduce test test-all coverage check format clean FORCE
 .DELETE_ON_ERROR:
 
 help:  ## this list
-	@sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r name about; do \
+	@sed -n 's/^\([a-z-]*\):[^#]*## /\1\t/p' $(firstword $(MAKEFILE_LIST)) | while IFS="$$(printf '\t')" read -r name about; do \
 	  printf '  make %-9s %s\n' "$$name" "$$about"; done
 	@sed -n 's/^#   /  /p' $(firstword $(MAKEFILE_LIST))
 
@@ -37,9 +37,22 @@ reproduce: install  ## from FER2013's archive to the model that ships: make repr
 	$(BIN)/python -m benchmarks.reproduce --data "$(DATA)" --recipe "$(RECIPE)" $(if $(WEIGHTS),--weights "$(WEIGHTS)") \
 	  $(foreach folder,$(RUN),--run "$(folder)") $(if $(wildcard docs/failures.md),--failures docs/failures.md) $(if $(INTO),--into "$(INTO)")
 
-# Files in their order: those with few tests are the long ones, which pytest-xdist would leave for the end.
-test: install  ## run the tests
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(PYTEST)
+# tests/conftest.py puts the long files first; pytest-xdist would sort them by their number of tests.
+RUN_TESTS = $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder $(PYTEST)
+
+test: install  ## run the tests that any change can break: 10 minutes on 2 cores
+	$(RUN_TESTS) -n $(JOBS)
+
+# Tests of the second tier wait for timeouts and restarts more than they compute: one process more.
+test-all: test  ## the same, and real kills, lost Ray processes, SLURM and the browser: 30 minutes
+	$(RUN_TESTS) -n $$(($(JOBS) + 1)) -m "slow and not soak"
+
+coverage: install  ## which lines the first tier runs, subprocesses included: coverage/index.html
+	rm -rf .coverage coverage
+	TEST_FRESH_PROCESSES=1 TEST_TIME_FACTOR=10 $(BIN)/coverage run -m pytest $(PYTEST)
+	$(BIN)/coverage combine -q
+	$(BIN)/coverage html -q -d coverage
+	$(BIN)/coverage report --sort=cover
 
 check: install  ## format, lint, types, shell scripts, and the order of imports
 	$(BIN)/ruff format --check .
@@ -55,7 +68,7 @@ format: install  ## put the code into the form that `make check` wants
 	$(BIN)/ruff format .
 
 clean:  ## remove .venv and what tools leave behind; runs/ stays
-	rm -rf $(VENV) build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) .coverage coverage build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache
 
 # The stamp holds the constraints that .venv was made with: other ones, named by hand, install again;
 # a plain `make test` keeps what is there.

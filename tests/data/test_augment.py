@@ -1,8 +1,7 @@
 """Augmentation: a function of (seed, epoch, sample) alone, and each part does what its name says."""
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
@@ -13,20 +12,10 @@ from fer_dist.config import AugmentConfig
 from fer_dist.data.augment import STREAMS, Draws, augment, draw, generator, mix, pixel_grid
 
 COUNT, SIDE = 64, 48
-EVERYTHING = AugmentConfig(
-    flip=0.5,
-    rotation=20,
-    translation=0.1,
-    scale=0.2,
-    crop=0.2,
-    brightness=0.2,
-    contrast=0.3,
-    blur=1.5,
-    noise=20,
-    erase=0.5,
-    mixup=0.4,
-    cutmix=1.0,
-)
+GEOMETRY = {"flip": 0.5, "rotation": 20, "translation": 0.1, "scale": 0.2, "crop": 0.2}
+LOOKS = {"brightness": 0.2, "contrast": 0.3, "blur": 1.5, "noise": 20, "erase": 0.5}
+EVERYTHING = AugmentConfig(**GEOMETRY, **LOOKS, mixup=0.4, cutmix=1.0)
+TABLES = ["affine_N6", "colour_N2", "erase_N5", "partner_N", "mix_N5"]
 ROWS = torch.arange(COUNT)
 
 
@@ -61,13 +50,6 @@ def affine(a: float, b: float, c: float, d: float, e: float, f: float) -> Draws:
     return Draws(**{**still.__dict__, "affine_N6": torch.tensor([[a, b, c, d, e, f]]).expand(COUNT, 6)})
 
 
-def sample_points(draws: Draws) -> Tensor:
-    """Where each output pixel is sampled, in pixels of the input: `[N, S, S, 2]`, x then y."""
-    x, y = pixel_grid(SIDE, torch.device("cpu"))
-    a, b, c, d, e, f = (v.view(-1, 1, 1) for v in draws.affine_N6.double().unbind(1))
-    return ((torch.stack([a * x + b * y + c, d * x + e * y + f], -1) + 1) * SIDE - 1) / 2
-
-
 # -- the same picture in any batch
 
 
@@ -78,39 +60,33 @@ def threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("side", [48, 47, 17])
+@pytest.mark.parametrize("side", [48, 17])
 def test_same_bits_in_any_batch_order_and_with_any_threads(side: int, threads: None) -> None:
     images = noise(side=side)
     draws = draws_of(EVERYTHING)
     torch.set_num_threads(1)
     whole, weights = mixed(images, draws, ROWS)
     assert (whole - images).abs().mean() > 20, "nothing was varied: the comparison would be blind"
-    orders = {"in order": ROWS, "reversed": ROWS.flip(0), "shuffled": torch.randperm(COUNT)}
-    for count in (1, 2):
+    shuffled = torch.randperm(COUNT, generator=torch.Generator().manual_seed(0))
+    runs = [(1, 1, ROWS[:8]), (1, 7, ROWS), (1, 17, ROWS.flip(0)), (2, 17, shuffled), (2, 64, ROWS)]
+    for count, size, order in runs:
         torch.set_num_threads(count)
-        for name, order in orders.items():
-            for size in (1, 3, 7, 17, 64) if (name, count) == ("in order", 1) else (17, 64):
-                parts = [mixed(images, draws, rows) for rows in torch.split(order, size)]
-                pictures, shares = torch.cat([p for p, _ in parts]), torch.cat([w for _, w in parts])
-                assert torch.equal(pictures, whole[order]), f"{name}, batches of {size}, {count} threads"
-                assert torch.equal(shares, weights[order])
+        parts = [mixed(images, draws, rows) for rows in torch.split(order, size)]
+        pictures, shares = torch.cat([p for p, _ in parts]), torch.cat([w for _, w in parts])
+        assert torch.equal(pictures, whole[order]), f"batches of {size}, {count} threads"
+        assert torch.equal(shares, weights[order])
 
 
 def changes(a: Draws, b: Draws) -> list[str]:
     """Names of the tables that differ in any row."""
-    return [
-        name
-        for name, table in a.__dict__.items()
-        if torch.is_tensor(table) and not torch.equal(table, getattr(b, name))
-    ]
+    return [name for name in TABLES if not torch.equal(getattr(a, name), getattr(b, name))]
 
 
 def test_draws_are_a_function_of_seed_and_epoch() -> None:
     first = draws_of(EVERYTHING, seed=3, epoch=5)
     assert changes(first, draws_of(EVERYTHING, seed=3, epoch=5)) == []
-    tables = ["affine_N6", "colour_N2", "erase_N5", "partner_N", "mix_N5"]
-    assert changes(first, draws_of(EVERYTHING, seed=3, epoch=6)) == tables
-    assert changes(first, draws_of(EVERYTHING, seed=4, epoch=5)) == tables
+    assert changes(first, draws_of(EVERYTHING, seed=3, epoch=6)) == TABLES
+    assert changes(first, draws_of(EVERYTHING, seed=4, epoch=5)) == TABLES
 
 
 def test_every_sample_is_varied_in_its_own_way() -> None:
@@ -120,12 +96,26 @@ def test_every_sample_is_varied_in_its_own_way() -> None:
 
 
 def test_draws_of_a_sample_do_not_depend_on_the_number_of_samples() -> None:
-    partners_M = np.arange(40)
     few, many = (
-        draw(EVERYTHING, seed=1, epoch=2, count=count, partners_M=partners_M, mixes=True) for count in (50, 5000)
+        draw(EVERYTHING, seed=1, epoch=2, count=count, partners_M=np.arange(40), mixes=True) for count in (50, 5000)
     )
-    for name in ("affine_N6", "colour_N2", "erase_N5", "partner_N", "mix_N5"):
+    for name in TABLES:
         assert torch.equal(getattr(few, name), getattr(many, name)[:50]), name
+
+
+def test_the_numbers_of_a_sample_are_independent_of_each_other() -> None:
+    """A random stream or a column that serves two purposes, such as partner and share, would correlate them."""
+    config = AugmentConfig(flip=0.5, rotation=20, translation=0.1, **LOOKS, mixup=1.0)
+    epochs = []
+    for epoch in range(500):
+        draws = draw(config, seed=0, epoch=epoch, count=1, partners_M=np.arange(1000), mixes=True)
+        assert draws.quality is not None
+        mirror_turn_shift, colour, grey = draws.affine_N6[0, [0, 1, 2, 5]], draws.colour_N2[0], draws.erase_N5[0, 4:]
+        blur_noise = torch.cat([draws.quality.blur_N, draws.quality.noise_N])
+        share, partner = draws.mix_N5[0, :1], draws.partner_N.float()
+        epochs.append(torch.cat([mirror_turn_shift, colour, grey, blur_noise, share, partner]))
+    correlation = torch.corrcoef(torch.stack(epochs).T) - torch.eye(11)
+    assert correlation.abs().max() < 0.22  # five standard deviations
 
 
 def test_switching_one_part_leaves_the_numbers_of_the_others() -> None:
@@ -141,11 +131,6 @@ def test_streams_never_meet() -> None:
     assert len(firsts) == len(seeds) * 5 * len(STREAMS)
 
 
-def test_neighbouring_seeds_are_independent() -> None:
-    a, b = (draws_of(EVERYTHING, seed=seed, count=4000).affine_N6[:, 2] for seed in (0, 1))
-    assert abs(torch.corrcoef(torch.stack([a, b]))[0, 1].item()) < 0.06  # four standard deviations
-
-
 # -- geometry
 
 
@@ -153,13 +138,9 @@ def test_nothing_set_leaves_pictures_as_they_are() -> None:
     """Within 1e-3 grey levels: sampling points are float32 and miss pixel centres by up to 3e-6 pixels."""
     for side in (48, 64, 47):
         images = noise(side=side)
-        assert (shown(images, only()) - images).abs().max() <= 1e-3
-
-
-def test_output_is_float_on_the_same_shape() -> None:
-    out = shown(noise(5), draws_of(EVERYTHING))
-    assert out.dtype == torch.float32
-    assert out.shape == (5, 1, SIDE, SIDE)
+        out = shown(images, only())
+        assert out.dtype == torch.float32
+        assert (out - images).abs().max() <= 1e-3
 
 
 def test_flip() -> None:
@@ -169,49 +150,53 @@ def test_flip() -> None:
     assert half.float().mean().item() == pytest.approx(0.3, abs=0.03)
 
 
-@pytest.mark.parametrize("turns", [1, 2, 3])
-def test_rotation_matrix_is_a_rotation(turns: int) -> None:
-    """A quarter turn of the matrix that `draw` writes is a quarter turn of the picture."""
-    angle = turns * math.pi / 2
-    cos, sin = math.cos(angle), math.sin(angle)
+def test_the_affine_matrix_rotates_moves_and_zooms() -> None:
     images = noise()
-    out = shown(images, affine(cos, -sin, 0, sin, cos, 0))
-    assert (out - torch.rot90(images.float(), turns, (-2, -1))).abs().max() <= 2e-3
-
-
-def test_rotation_angles() -> None:
-    table = draws_of(AugmentConfig(rotation=20), count=4000).affine_N6.double()
-    a, b, c, d, e, f = table.unbind(1)
-    assert torch.allclose(torch.hypot(a, d), torch.ones(4000, dtype=torch.float64))  # no scaling
-    assert torch.equal(a, e)
-    assert torch.equal(b, -d)
-    assert c.abs().max() == f.abs().max() == 0
-    degrees = torch.rad2deg(torch.atan2(d, a))
-    assert 19.5 < degrees.max() <= 20 + 1e-4
-    assert -20 - 1e-4 <= degrees.min() < -19.5
-    assert abs(degrees.mean().item()) < 1
-
-
-def test_translation_moves_by_whole_pixels_to_the_right_place() -> None:
-    images = noise()
+    for turns in (1, 2, 3):
+        cos, sin = math.cos(turns * math.pi / 2), math.sin(turns * math.pi / 2)
+        out = shown(images, affine(cos, -sin, 0, sin, cos, 0))
+        assert (out - torch.rot90(images.float(), turns, (-2, -1))).abs().max() <= 2e-3
     out = shown(images, affine(1, 0, -2 * 5 / SIDE, 0, 1, -2 * 3 / SIDE))  # 5 to the right, 3 down
     assert (out[..., 3:, 5:] - images[..., :-3, :-5]).abs().max() <= 1e-3
-    # At the border the picture goes on with its last pixels: no black bars.
+    # The border repeats the last pixels: there are no black bars.
     assert (out[..., 3:, :5] - images[..., :-3, :1]).abs().max() <= 1e-3
     assert (out[..., :3, 5:] - images[..., :1, :-5]).abs().max() <= 1e-3
+    # A window of half the side at the upper left shows each pixel twice as large.
+    ramp = torch.arange(SIDE, dtype=torch.uint8).view(1, 1, 1, SIDE).expand(1, 1, SIDE, SIDE)
+    out = shown(ramp, affine(0.5, 0, -0.5, 0, 0.5, -0.5))
+    assert (out[0, 0, :, 1:] - (torch.arange(SIDE) / 2 - 0.25)[1:]).abs().max() <= 1e-3
 
 
-def test_translation_amounts() -> None:
-    table = draws_of(AugmentConfig(translation=0.1), count=4000).affine_N6
-    assert torch.equal(table[:, [0, 1, 3, 4]], torch.tensor([1.0, 0, 0, 1]).expand(4000, 4))
-    for column in (2, 5):
-        shift = table[:, column] / 2  # fraction of the side
-        assert 0.098 < shift.max() <= 0.1 + 1e-6
-        assert -0.1 - 1e-6 <= shift.min() < -0.098
-    assert abs(torch.corrcoef(table[:, [2, 5]].T)[0, 1].item()) < 0.06  # x and y on their own
+RANGES: dict[str, tuple[float, Callable[[Draws], Tensor], float, float]] = {
+    "rotation": (20, lambda d: torch.rad2deg(torch.atan2(d.affine_N6[:, 3], d.affine_N6[:, 0])), -20, 20),
+    "translation": (0.1, lambda d: d.affine_N6[:, [2, 5]] / 2, -0.1, 0.1),  # fraction of the side
+    "scale": (0.2, lambda d: 1 / d.affine_N6[:, 0], 0.8, 1.2),  # of what is shown, over its own size
+    "crop": (0.3, lambda d: d.affine_N6[:, 0], 0.7, 1),
+    "contrast": (0.3, lambda d: d.colour_N2[:, 0], 0.7, 1.3),
+    "brightness": (0.2, lambda d: d.colour_N2[:, 1], -51, 51),
+}
 
 
-def test_translation_is_never_more_however_the_picture_is_turned_and_scaled() -> None:
+@pytest.mark.parametrize("part", RANGES)
+def test_amounts_fill_their_range(part: str) -> None:
+    setting, amounts, low, high = RANGES[part]
+    found = amounts(draws_of(AugmentConfig(**{part: setting}), count=4000)).double()
+    margin = 0.01 * (high - low)
+    assert low - 1e-3 * margin <= found.min() < low + margin
+    assert high - margin < found.max() <= high + 1e-3 * margin
+    assert found.mean().item() == pytest.approx((low + high) / 2, abs=5 * margin)
+
+
+def test_rotation_and_translation_do_nothing_else() -> None:
+    table = draws_of(AugmentConfig(rotation=20)).affine_N6
+    angle, zero = torch.atan2(table[:, 3], table[:, 0]), torch.zeros(COUNT)
+    expected = torch.stack([angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos(), zero], 1)
+    assert torch.allclose(table, expected, atol=1e-6)
+    table = draws_of(AugmentConfig(translation=0.1)).affine_N6
+    assert torch.equal(table[:, [0, 1, 3, 4]], torch.tensor([1.0, 0, 0, 1]).expand(COUNT, 4))
+
+
+def test_translation_is_bounded_however_the_picture_is_turned_and_scaled() -> None:
     """The centre of the picture is shown within the shift of the centre, with all else drawn too."""
     config = AugmentConfig(flip=0.5, rotation=180, scale=0.9, translation=0.1)
     a, b, c, d, e, f = draws_of(config, count=4000).affine_N6.double().unbind(1)
@@ -219,70 +204,34 @@ def test_translation_is_never_more_however_the_picture_is_turned_and_scaled() ->
     assert 0.098 < (at / 2).abs().max() <= 0.1 + 1e-6
 
 
-def test_scale_bounds_and_direction() -> None:
-    zoom = draws_of(AugmentConfig(scale=0.2), count=4000).affine_N6[:, 0].double()
-    size = 1 / zoom  # of what is shown, over its own
-    assert 1.19 < size.max() <= 1.2 + 1e-6
-    assert 0.8 - 1e-6 <= size.min() < 0.81
-    # A disc of 8 pixels' radius becomes one of 12 when the matrix shrinks sampling to 1 / 1.5.
-    x, y = pixel_grid(SIDE, torch.device("cpu"))
-    disc = (255 * (x**2 + y**2 < (2 * 8 / SIDE) ** 2)).to(torch.uint8).view(1, 1, SIDE, SIDE)
-    out = shown(disc, affine(1 / 1.5, 0, 0, 0, 1 / 1.5, 0))
-    assert (out > 127).sum().item() == pytest.approx(2.25 * (disc > 0).sum().item(), rel=0.05)
-
-
 def test_crop_stays_inside_and_reaches_every_border() -> None:
-    draws = draws_of(AugmentConfig(crop=0.3, flip=0.5), count=2000)
+    draws = draws_of(AugmentConfig(crop=0.3, flip=0.5), count=1000)
     window = draws.affine_N6[:, 0].abs()
-    assert 0.7 - 1e-6 <= window.min() < 0.701
-    assert 0.999 < window.max() <= 1
     assert torch.equal(window, draws.affine_N6[:, 4])  # square
-    points = sample_points(draws)
-    edge = 1e-4
-    # The sampled points keep half of their own distance from the picture's border at -0.5 and 47.5.
-    half = (window / 2).view(-1, 1, 1, 1)
-    assert ((points - half >= -0.5 - edge) & (points + half <= SIDE - 0.5 + edge)).all()
-    for axis in (0, 1):
-        centre = points[..., axis].mean((1, 2)) - (SIDE - 1) / 2
-        assert centre.min() < -0.12 * SIDE
-        assert centre.max() > 0.12 * SIDE
-
-
-def test_crop_shows_a_part_of_the_picture() -> None:
-    """A window of half the side at the upper left: each input pixel is shown twice as large."""
-    ramp = torch.arange(SIDE, dtype=torch.uint8).view(1, 1, 1, SIDE).expand(1, 1, SIDE, SIDE)
-    out = shown(ramp, affine(0.5, 0, -0.5, 0, 0.5, -0.5))
-    expected = torch.arange(SIDE) / 2 - 0.25
-    assert (out[0, 0, :, 1:] - expected[1:]).abs().max() <= 1e-3
+    x, y = pixel_grid(SIDE, torch.device("cpu"))
+    a, b, c, d, e, f = (v.view(-1, 1, 1) for v in draws.affine_N6.double().unbind(1))
+    half = (window / SIDE).view(-1, 1, 1)  # of a sampled pixel, where the picture reaches from -1 to 1
+    for along in (a * x + b * y + c, d * x + e * y + f):
+        assert ((along - half >= -1 - 1e-5) & (along + half <= 1 + 1e-5)).all()
+        centre = along.mean((1, 2))
+        assert centre.min() < -0.24
+        assert centre.max() > 0.24
 
 
 # -- colour
 
 
-def test_brightness_bounds() -> None:
-    grey = torch.full((COUNT, 1, SIDE, SIDE), 128, dtype=torch.uint8)
-    out = shown(grey, only(brightness=0.2))
-    level = out.mean((1, 2, 3)) - 128
-    assert (out.amax((1, 2, 3)) - out.amin((1, 2, 3))).max() <= 1e-3
-    assert 40 < level.max() <= 51.001
-    assert -51.001 <= level.min() < -40
-
-
-def test_contrast_turns_about_the_mean_of_the_picture() -> None:
+def test_brightness_shifts_and_contrast_turns_about_the_mean_of_the_picture() -> None:
     images = (noise().float() * 0.4 + 80).to(torch.uint8)  # far from black and white
-    out = shown(images, only(contrast=0.3))
-    before, after = images.float().flatten(1), out.flatten(1)
-    assert (after.mean(1) - before.mean(1)).abs().max() < 0.01
-    factor = after.std(1) / before.std(1)
-    assert 1.25 < factor.max() <= 1.3001
-    assert 0.6999 <= factor.min() < 0.75
+    draws = only(brightness=0.2, contrast=0.3)
+    before, after = images.double().flatten(1), shown(images, draws).double().flatten(1)
+    assert torch.allclose(after.mean(1) - before.mean(1), draws.colour_N2[:, 1].double(), atol=0.01)
+    assert torch.allclose(after.std(1) / before.std(1), draws.colour_N2[:, 0].double(), atol=1e-4)
 
 
 def test_values_stay_on_0_to_255() -> None:
-    images = noise()
-    out = shown(images, only(brightness=1.0, contrast=1.0))
-    assert out.min() == 0
-    assert out.max() == 255
+    out = shown(noise(), only(brightness=1.0, contrast=1.0))
+    assert (out.min().item(), out.max().item()) == (0, 255)
 
 
 # -- erasing
@@ -295,27 +244,26 @@ def erased(draws: Draws, count: int = COUNT) -> Tensor:
 
 
 def test_erasing_area_and_probability() -> None:
-    draws = draws_of(AugmentConfig(erase=0.4, erase_area=0.2), count=3000)
-    boxes = erased(draws, 3000)
+    draws = draws_of(AugmentConfig(erase=0.4, erase_area=0.2), count=2000)
+    boxes = erased(draws, 2000)
     hit = boxes.any(-1).any(-1)
-    assert hit.float().mean().item() == pytest.approx(0.4, abs=0.03)
+    assert hit.float().mean().item() == pytest.approx(0.4, abs=0.04)
     area = boxes[hit].float().mean((1, 2))
-    assert area.max() <= 0.2 * 1.08  # to the border of pixels
-    assert area.max() > 0.19
+    assert 0.19 < area.max() <= 0.2 * 1.08  # to the border of pixels
     assert area.min() < 0.04
     # Anywhere, up to the borders, and no side more than another.
     assert boxes.any(0).float().mean() > 0.99
     halves = [boxes[:, :24], boxes[:, 24:], boxes[:, :, :24], boxes[:, :, 24:]]
     covered = [half.float().mean().item() for half in halves]
     assert covered == pytest.approx([boxes.float().mean().item()] * 4, rel=0.1)
+    whole = only(erase=1.0, erase_area=1.0)
+    assert (whole.erase_N5[:, :4].abs() <= 1 + 1e-6).all()
 
 
 def test_erased_boxes_are_rectangles_of_one_grey_level() -> None:
-    images = noise()
     draws = only(erase=1.0, erase_area=0.3)
-    out = shown(images, draws).squeeze(1)
     ratios = []
-    for box, picture in zip(erased(draws), out, strict=True):
+    for box, picture in zip(erased(draws), shown(noise(), draws).squeeze(1), strict=True):
         high, wide = box.any(1).sum().item(), box.any(0).sum().item()
         ratios.append(wide / high)
         assert box.sum().item() == high * wide > 0
@@ -325,11 +273,6 @@ def test_erased_boxes_are_rectangles_of_one_grey_level() -> None:
     greys = draws.erase_N5[:, 4]
     assert greys.min() < 30
     assert greys.max() > 225
-
-
-def test_whole_picture_may_be_erased() -> None:
-    draws = only(erase=1.0, erase_area=1.0)
-    assert (draws.erase_N5[:, :4].abs() <= 1 + 1e-6).all()
 
 
 # -- mixing
@@ -382,7 +325,7 @@ def test_partners_are_training_rows_only() -> None:
     assert set(draws.partner_N.tolist()) == set(partners_M.tolist())
 
 
-@pytest.mark.parametrize(("options", "asked"), [({}, True), ({"mixup": 0.4, "cutmix": 1.0}, False)])
-def test_nothing_is_mixed_where_it_is_off(options: dict[str, Any], asked: bool) -> None:
-    assert not draws_of(AugmentConfig(**options), mixes=asked).mixes
+def test_nothing_is_mixed_where_it_is_off() -> None:
+    assert not draws_of(AugmentConfig(), mixes=True).mixes
+    assert not draws_of(AugmentConfig(mixup=0.4, cutmix=1.0), mixes=False).mixes
     assert draws_of(AugmentConfig(mixup=0.1), mixes=True).mixes

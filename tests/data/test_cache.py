@@ -1,18 +1,15 @@
 """The cache: decoded once, keyed by content, whole or not there, whoever else builds it."""
 
-import io
 import os
 import signal
-import subprocess
-import sys
+import threading
 import time
-import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 
 from fer_dist.config import DataConfig
 from fer_dist.data import cache
@@ -21,24 +18,17 @@ from fer_dist.data.readers import read_faces
 from fer_dist.data.synthetic import DRAWING_VERSION
 from fer_dist.errors import UserError
 from fer_dist.spec import LabelSet
+from tests.helpers.picture_files import faces_of, plain, write_folder, write_zip
+from tests.helpers.processes import python
 
 LABELS = LabelSet()
-ROOT = Path(__file__).resolve().parents[2]
 NAMES = ("train/happy/0.png", "train/sad/1.png", "test/fear/2.png")
-
-
-def picture(level: int) -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(np.full((48, 48), level, dtype=np.uint8)).save(out, "PNG")
-    return out.getvalue()
 
 
 @pytest.fixture
 def data(tmp_path: Path) -> DataConfig:
-    for level, name in enumerate(NAMES):
-        (tmp_path / "source" / name).parent.mkdir(parents=True)
-        (tmp_path / "source" / name).write_bytes(picture(level))
-    return DataConfig(path=str(tmp_path / "source"), cache_dir=str(tmp_path / "cache"))
+    source = write_folder(tmp_path / "source", {name: plain(level) for level, name in enumerate(NAMES)})
+    return DataConfig(path=str(source), cache_dir=str(tmp_path / "cache"))
 
 
 @pytest.fixture
@@ -72,21 +62,17 @@ def test_second_opening_decodes_nothing(data: DataConfig, decoded: list[int]) ->
     assert entries(data) == [first.key]  # nothing temporary stays
 
 
-def test_votes_notes_and_odd_names_survive(data: DataConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made = Faces(
-        images_NHW=np.zeros((2, 48, 48), dtype=np.uint8),
-        labels_N=np.array([1, 2]),
-        usage_N=np.array([0, 1]),
-        names=["caf\udce9.png", "b\r\x85.png"],  # a byte that was no UTF-8; signs that splitlines would split at
-        targets_NK=np.full((2, 7), 1 / 7, dtype=np.float32),
-        notes=("one", "two"),
-    )
+def test_votes_notes_and_odd_names_survive(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    votes = np.full((2, 7), 1 / 7, dtype=np.float32)
+    names = ["caf\udce9.png", "b\r\x85.png"]  # a byte that was no UTF-8; signs that splitlines would split at
+    notes = ("one", "two")
+    made = faces_of(np.zeros((2, 48, 48), np.uint8), [1, 2], [0, 1], names=names, targets_NK=votes, notes=notes)
     monkeypatch.setattr(cache, "read_faces", lambda *_, **__: made)
     faces = cache.open_faces(data, LABELS)
-    assert list(faces.names) == list(made.names)
-    assert faces.notes == made.notes
+    assert list(faces.names) == names
+    assert faces.notes == notes
     assert faces.targets_NK is not None
-    assert np.array_equal(faces.targets_NK, np.full((2, 7), 1 / 7, dtype=np.float32))
+    assert np.array_equal(faces.targets_NK, votes)
 
 
 def test_key_follows_content_and_settings(data: DataConfig, tmp_path: Path) -> None:
@@ -103,10 +89,7 @@ def test_key_follows_content_and_settings(data: DataConfig, tmp_path: Path) -> N
 
 def test_zip_is_known_by_its_content(data: DataConfig, tmp_path: Path, decoded: list[int]) -> None:
     def packed(name: str, order: tuple[int, ...], levels: tuple[int, ...]) -> DataConfig:
-        with zipfile.ZipFile(tmp_path / name, "w") as archive:
-            for i in order:
-                archive.writestr(NAMES[i], picture(levels[i]))
-        return data.override({"path": str(tmp_path / name)})
+        return data.override({"path": str(write_zip(tmp_path / name, {NAMES[i]: plain(levels[i]) for i in order}))})
 
     first = cache.open_faces(packed("a.zip", (0, 1, 2), (7, 8, 9)), LABELS)
     same = cache.open_faces(packed("b.zip", (2, 0, 1), (7, 8, 9)), LABELS)
@@ -121,10 +104,8 @@ def test_embedded_faces_need_no_path(data: DataConfig, monkeypatch: pytest.Monke
 
     def draw(train: int, val: int, test: int, seed: int, size: int) -> Faces:
         drawn.append((train, val, test, seed, size))
-        count = train + val + test
-        usage_N = np.repeat([0, 1, 2], [train, val, test])
-        images_NHW = np.zeros((count, size, size), dtype=np.uint8)
-        return Faces(images_NHW=images_NHW, labels_N=np.arange(count) % 7, usage_N=usage_N, names=["x"] * count)
+        usage = [0] * train + [1] * val + [2] * test
+        return faces_of(np.zeros((len(usage), size, size), dtype=np.uint8), [0] * len(usage), usage)
 
     monkeypatch.setattr(cache, "draw_faces", draw)
     embedded = data.override({"path": None, "embedded_train": 14, "embedded_val": 7, "embedded_seed": 5})
@@ -165,64 +146,50 @@ def test_damaged_entry_is_built_again(data: DataConfig, decoded: list[int], kind
     assert len(decoded) == 2
 
 
-BUILDER = """
-import os, signal, sys, time
-from pathlib import Path
+@pytest.mark.parametrize("damaged", [False, True])
+def test_two_builders_at_once(data: DataConfig, damaged: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if damaged:  # both find it, and both want to replace it
+        os.truncate(cache.cache_dir(data) / cache.open_faces(data, LABELS).key / "images_NHW.npy", 100)
+    both = threading.Barrier(2, timeout=60)
+
+    def meet(*args: Any, **kwargs: Any) -> Faces:
+        both.wait()  # neither has found a whole entry
+        return read_faces(*args, **kwargs)
+
+    monkeypatch.setattr(cache, "read_faces", meet)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda _: cache.open_faces(data, LABELS), range(2))
+    assert entries(data) == [first.key] == [second.key]
+    for faces in (first, second):
+        assert faces.images_NHW[:, 0, 0].tolist() == [2, 0, 1]
+
+
+KILLED = """
+import os, sys
 from fer_dist.config import DataConfig
 from fer_dist.data import cache
 from fer_dist.spec import LabelSet
 
-source, folder, mode, mine, other = sys.argv[1:]
-read, save = cache.read_faces, cache.np.save
+save = cache.np.save
 
-def meet(*args, **kwargs):  # both are past the look into the cache before either goes on
-    Path(mine).touch()
-    while not Path(other).exists():
-        time.sleep(0.01)
-    return read(*args, **kwargs)
-
-def die(file, array):
+def save_and_die(file, array):
     save(file, array)
     if "labels" in str(file):
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), 9)
 
-if mode == "meet":
-    cache.read_faces = meet
-else:
-    cache.np.save = die
-faces = cache.open_faces(DataConfig(path=source, cache_dir=folder), LabelSet())
-print(faces.key, faces.images_NHW[:, 0, 0].tolist())
+cache.np.save = save_and_die
+cache.open_faces(DataConfig(path=sys.argv[1], cache_dir=sys.argv[2]), LabelSet())
 """
 
 
-def builder(data: DataConfig, mode: str, *flags: Path) -> "subprocess.Popen[str]":
-    line = [sys.executable, "-W", "error", "-c", BUILDER, str(data.path), str(data.cache_dir), mode, *map(str, flags)]
-    return subprocess.Popen(line, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.mark.parametrize("damaged", [False, True])
-def test_two_processes_build_at_once(data: DataConfig, tmp_path: Path, damaged: bool) -> None:
-    if damaged:  # both find it, and both want to replace it
-        os.truncate(cache.cache_dir(data) / cache.open_faces(data, LABELS).key / "images_NHW.npy", 100)
-    a, b = tmp_path / "a", tmp_path / "b"
-    builders = [builder(data, "meet", a, b), builder(data, "meet", b, a)]
-    told = [process.communicate(timeout=60) for process in builders]
-    assert [process.returncode for process in builders] == [0, 0], told
-    assert told[0] == told[1]
-    assert "[2, 0, 1]" in told[0][0]
-    assert len(entries(data)) == 1
-
-
-def test_builder_that_was_killed_leaves_nothing_that_is_read(data: DataConfig, decoded: list[int]) -> None:
-    process = builder(data, "die", Path(), Path())
-    process.communicate(timeout=60)
-    assert process.returncode == -signal.SIGKILL
+def test_a_killed_builder_leaves_nothing_that_is_read(data: DataConfig, decoded: list[int]) -> None:
+    assert python("-c", KILLED, str(data.path), str(data.cache_dir)).code == -signal.SIGKILL
     (left,) = entries(data)
     assert left.startswith(".building-")
     faces = cache.open_faces(data, LABELS)
     assert len(decoded) == 1
     assert faces.images_NHW[:, 0, 0].tolist() == [2, 0, 1]
-    assert entries(data) == [left, faces.key]  # it might belong to a build that goes on
+    assert entries(data) == [left, faces.key]  # it might belong to a build that still runs
 
     old = time.time() - 2 * 24 * 3600
     os.utime(cache.cache_dir(data) / left, (old, old))
@@ -230,39 +197,37 @@ def test_builder_that_was_killed_leaves_nothing_that_is_read(data: DataConfig, d
     assert entries(data) == sorted([faces.key, other.key])
 
 
-def test_failed_reading_leaves_nothing(data: DataConfig) -> None:
+def test_a_failed_build_leaves_nothing_and_names_the_setting(
+    data: DataConfig, tmp_path: Path, decoded: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    unwritable = str(tmp_path / "file" / "cache")
+    with pytest.raises(UserError, match=rf"{unwritable}[\s\S]*--data\.cache_dir"):
+        cache.open_faces(data.override({"cache_dir": unwritable}), LABELS)
+    assert decoded == []  # known before minutes of decoding
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", full)
+        with pytest.raises(UserError, match=r"No space left[\s\S]*--data\.cache_dir"):
+            cache.open_faces(data, LABELS)
+    assert entries(data) == []
     Path(str(data.path), NAMES[0]).write_bytes(b"no picture")
     with pytest.raises(UserError, match=r"0\.png"):
         cache.open_faces(data, LABELS)
     assert entries(data) == []
 
 
-def test_folder_that_cannot_be_written(data: DataConfig, tmp_path: Path, decoded: list[int]) -> None:
-    (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(UserError) as caught:
-        cache.open_faces(data.override({"cache_dir": str(tmp_path / "file" / "cache")}), LABELS)
-    assert str(tmp_path / "file" / "cache") in caught.value.problem
-    assert "--data.cache_dir" in caught.value.fix
-    assert decoded == []  # known before minutes of decoding
-
-
-def test_full_disk_names_the_setting(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(np, "save", full)
-    with pytest.raises(UserError, match=r"No space left[\s\S]*--data\.cache_dir"):
-        cache.open_faces(data, LABELS)
-    assert entries(data) == []
-
-
-def test_missing_path_and_votes_are_named(data: DataConfig) -> None:
-    with pytest.raises(UserError, match=r"gone\.zip does not exist[\s\S]*--data\.path"):
-        cache.open_faces(data.override({"path": "gone.zip"}), LABELS)
-    with pytest.raises(UserError, match=r"gone\.csv does not exist[\s\S]*--data\.ferplus"):
-        cache.open_faces(data.override({"ferplus": "gone.csv"}), LABELS)
-    with pytest.raises(UserError, match=r"needs the FER2013 CSV"):
-        cache.open_faces(data.override({"path": None, "ferplus": "gone.csv"}), LABELS)
+def test_a_missing_source_is_named(data: DataConfig) -> None:
+    for changes, message in (
+        ({"path": "gone.zip"}, r"gone\.zip does not exist[\s\S]*--data\.path"),
+        ({"ferplus": "gone.csv"}, r"gone\.csv does not exist[\s\S]*--data\.ferplus"),
+        ({"path": None, "ferplus": "gone.csv"}, "needs the FER2013 CSV"),
+    ):
+        with pytest.raises(UserError, match=message):
+            cache.open_faces(data.override(changes), LABELS)
 
 
 def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,6 +1,5 @@
 """Blur and noise of training pictures: as wide as they say, and each sample's own."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -35,10 +34,9 @@ def test_blur_spreads_a_point_by_its_deviation(sigma: float) -> None:
 def test_no_blur_and_no_noise_change_nothing() -> None:
     picture = torch.rand(1, 48, 48) * 255
     assert torch.equal(spoil(picture, of(), ROW), picture)
-
-
-def test_blur_leaves_an_even_picture_alone_to_its_border() -> None:
-    assert torch.allclose(spoil(torch.full((1, 20, 20), 77.0), of(blur=2.0), ROW), torch.tensor(77.0), atol=1e-4)
+    assert draw_quality(AugmentConfig(), generator(0, 0, "geometry"), 10) is None
+    even = torch.full((1, 20, 20), 77.0)
+    assert torch.allclose(spoil(even, of(blur=2.0), ROW), even, atol=1e-4), "also at the border"
 
 
 def test_noise_has_its_deviation_and_no_pattern() -> None:
@@ -62,26 +60,17 @@ def test_noise_is_splitmix64() -> None:
 
 
 def test_draws_lie_within_their_bounds_and_are_mostly_small() -> None:
-    quality = draw_quality(AugmentConfig(blur=2.0, noise=30.0), generator(0, 0, "geometry"), 10_000)
+    config = AugmentConfig(blur=2.0, noise=30.0)
+    quality = draw_quality(config, generator(0, 0, "geometry"), 10_000)
     assert quality is not None
     assert quality.reach == 5
     for drawn, largest in ((quality.blur_N, 2.0), (quality.noise_N, 30.0)):
         assert drawn.min() >= 0
         assert 0.99 * largest < drawn.max() <= largest
         assert drawn.median().item() == pytest.approx(largest / 4, rel=0.05)
-    assert abs(np.corrcoef(quality.blur_N, quality.noise_N)[0, 1]) < 0.05
     assert len(torch.unique(quality.number_N)) == 10_000
     assert (quality.number_N < 0).any()
-
-
-def test_draws_of_a_sample_do_not_depend_on_the_number_of_samples() -> None:
-    config = AugmentConfig(blur=2.0, noise=30.0)
-    few, many = (draw_quality(config, generator(1, 2, "geometry"), count) for count in (50, 5000))
+    few = draw_quality(config, generator(0, 0, "geometry"), 50)
     assert few is not None
-    assert many is not None
     for name in ("blur_N", "noise_N", "number_N"):
-        assert torch.equal(getattr(few, name), getattr(many, name)[:50])
-
-
-def test_nothing_is_drawn_where_nothing_is_asked_for() -> None:
-    assert draw_quality(AugmentConfig(), generator(0, 0, "geometry"), 10) is None
+        assert torch.equal(getattr(few, name), getattr(quality, name)[:50]), "depends on the number of samples"

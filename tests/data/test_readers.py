@@ -1,8 +1,6 @@
 """The same few pictures in every form that FER2013 comes in, and the choice of who trains."""
 
-import io
 import json
-import zipfile
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from numpy.typing import NDArray
 from PIL import Image
 from pyarrow import parquet
 
@@ -20,6 +17,7 @@ from fer_dist.data.readers import read_faces
 from fer_dist.data.split import hold_out_validation, require_part, training_index
 from fer_dist.errors import UserError
 from fer_dist.spec import EXPRESSIONS, LabelSet
+from tests.helpers.picture_files import encoded, faces_of, write_folder, write_zip
 
 IMAGES_NHW = np.random.default_rng(0).integers(0, 256, (7, 48, 48), dtype=np.uint8)
 LABELS = (3, 0, 6, 5, 4, 1, 2)
@@ -39,45 +37,23 @@ def csv_text(header: str = "emotion,pixels,Usage") -> str:
     return "\n".join(lines) + "\n"
 
 
-def encoded(image: NDArray[np.uint8], form: str = "PNG") -> bytes:
-    out = io.BytesIO()
-    Image.fromarray(image).save(out, form)
-    return out.getvalue()
-
-
 def tree(names: Iterable[str]) -> dict[str, bytes]:
     return {name: encoded(IMAGES_NHW[i % 7]) for i, name in enumerate(names)}
 
 
-def as_folder(root: Path, files: dict[str, bytes]) -> Path:
-    for name, raw in files.items():
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
-        (root / name).write_bytes(raw)
-    return root
-
-
-def as_zip(path: Path, files: dict[str, bytes]) -> Path:
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, raw in files.items():
-            archive.writestr(name, raw)
-    return path
-
-
-@pytest.mark.parametrize("header", ["emotion,pixels,Usage", "emotion, Usage, pixels"])
-def test_csv_keeps_rows_in_order(tmp_path: Path, header: str) -> None:
-    (tmp_path / "fer2013.csv").write_text(csv_text(header))
-    faces = read(tmp_path / "fer2013.csv")
-    assert np.array_equal(faces.images_NHW, IMAGES_NHW)
-    assert faces.images_NHW.dtype == np.uint8
-    assert faces.labels_N.tolist() == list(LABELS)
-    assert faces.usage_N.tolist() == CODES
-    assert list(faces.names[:2]) == ["row 1", "row 2"]
-
-
-def test_csv_numbers_may_be_spelled_otherwise(tmp_path: Path) -> None:
+def test_csv_keeps_rows_in_order(tmp_path: Path) -> None:
+    path = tmp_path / "fer2013.csv"
+    for header in ("emotion,pixels,Usage", "emotion, Usage, pixels"):
+        path.write_text(csv_text(header))
+        faces = read(path)
+        assert np.array_equal(faces.images_NHW, IMAGES_NHW)
+        assert faces.images_NHW.dtype == np.uint8
+        assert faces.labels_N.tolist() == list(LABELS)
+        assert faces.usage_N.tolist() == CODES
+        assert list(faces.names[:2]) == ["row 1", "row 2"]
     text = csv_text().replace(",", ",  ", 2).replace(" 7 ", " 007 ").replace("\n", "\r\n")
-    (tmp_path / "fer2013.csv").write_bytes(b"\xef\xbb\xbf" + text.encode())  # the mark that Excel writes
-    assert np.array_equal(read(tmp_path / "fer2013.csv").images_NHW, IMAGES_NHW)
+    path.write_bytes(b"\xef\xbb\xbf" + text.encode())  # the mark that Excel writes
+    assert np.array_equal(read(path).images_NHW, IMAGES_NHW)
 
 
 def test_competition_folder_is_all_training(tmp_path: Path) -> None:
@@ -91,18 +67,17 @@ def test_competition_folder_is_all_training(tmp_path: Path) -> None:
 
 def test_csv_inside_a_zip_or_folder(tmp_path: Path) -> None:
     files = {"fer/train.csv": b"x", "fer/fer2013.csv": csv_text().encode(), "__MACOSX/fer/._fer2013.csv": b"x"}
-    for path in (as_zip(tmp_path / "a.zip", files), as_folder(tmp_path / "a", files)):
+    for path in (write_zip(tmp_path / "a.zip", files), write_folder(tmp_path / "a", files)):
         faces = read(path)
         assert np.array_equal(faces.images_NHW, IMAGES_NHW)
         assert faces.usage_N.tolist() == CODES
 
 
-@pytest.mark.parametrize("top", ["", "archive/", "a/b/"])
-@pytest.mark.parametrize("zipped", [False, True])
+@pytest.mark.parametrize(("top", "zipped"), [("", False), ("", True), ("a/b/", False), ("archive/", True)])
 def test_folder_and_zip_give_the_same(tmp_path: Path, top: str, zipped: bool) -> None:
     names = ["train/happy/b.png", "train/Anger/a.png", "test/neutral/c.png", "validation/5/d.png", "test/sad/e.png"]
     files = tree(top + name for name in names) | {f"{top}readme.txt": b"x", f"{top}train/happy/.hidden.png": b"x"}
-    faces = read(as_zip(tmp_path / "a.zip", files) if zipped else as_folder(tmp_path / "a", files))
+    faces = read(write_zip(tmp_path / "a.zip", files) if zipped else write_folder(tmp_path / "a", files))
     assert list(faces.names) == sorted(top + name for name in names)
     assert [EXPRESSIONS[label] for label in faces.labels_N] == ["neutral", "sad", "angry", "happy", "surprise"]
     assert faces.usage_N.tolist() == [TEST, TEST, TRAIN, TRAIN, VAL]
@@ -110,31 +85,29 @@ def test_folder_and_zip_give_the_same(tmp_path: Path, top: str, zipped: bool) ->
     assert any("readme.txt" in note for note in faces.notes)
 
 
-def test_prefixes_override_the_folder(tmp_path: Path) -> None:
-    names = ["test/happy/PrivateTest_1.png", "test/happy/PublicTest_2.png", "test/happy/Training_3.png"]
-    faces = read(as_folder(tmp_path, tree([*names, "test/happy/x_4.png"])))
-    assert faces.usage_N.tolist() == [TEST, VAL, TRAIN, TEST]
-
-
-def test_official_folder_names(tmp_path: Path) -> None:
-    faces = read(as_folder(tmp_path, tree(["PrivateTest/sad/1.png", "PublicTest/sad/1.png", "Training/sad/1.png"])))
-    assert faces.usage_N.tolist() == [TEST, VAL, TRAIN]
-
-
-def test_plain_class_folders_are_training_and_say_so(tmp_path: Path) -> None:
-    faces = read(as_folder(tmp_path, tree(["happy/1.png", "sad/2.png"])))
+def test_the_split_of_a_picture_file(tmp_path: Path) -> None:
+    for i, (names, codes) in enumerate(
+        {
+            ("PrivateTest/sad/1.png", "PublicTest/sad/1.png", "Training/sad/1.png"): [TEST, VAL, TRAIN],
+            # FER2013's prefixes override the folder.
+            ("test/sad/PrivateTest_1.png", "test/sad/PublicTest_2.png", "test/sad/Training_3.png"): [TEST, VAL, TRAIN],
+            ("test/sad/x_4.png", "train/sad/x_4.png"): [TEST, TRAIN],
+        }.items()
+    ):
+        assert read(write_folder(tmp_path / str(i), tree(names))).usage_N.tolist() == codes
+    faces = read(write_folder(tmp_path / "plain", tree(["happy/1.png", "sad/2.png"])))
     assert faces.usage_N.tolist() == [TRAIN, TRAIN]
     assert any("no train and test folders" in note for note in faces.notes)
 
 
-def test_train_csv_beside_pictures_is_not_read(tmp_path: Path) -> None:
-    faces = read(as_folder(tmp_path, tree(["train/happy/1.png"]) | {"train.csv": b"file,label"}))
+def test_a_train_csv_next_to_pictures_is_not_read(tmp_path: Path) -> None:
+    faces = read(write_folder(tmp_path, tree(["train/happy/1.png"]) | {"train.csv": b"file,label"}))
     assert list(faces.names) == ["train/happy/1.png"]
 
 
 def test_larger_pictures_are_reduced_without_aliasing(tmp_path: Path) -> None:
     board_HW = (np.indices((96, 96)).sum(axis=0) % 2 * 255).astype(np.uint8)
-    faces = read(as_folder(tmp_path, {"happy/1.png": encoded(board_HW)}))
+    faces = read(write_folder(tmp_path, {"happy/1.png": encoded(board_HW)}))
     assert faces.images_NHW.shape == (1, 48, 48)
     assert np.abs(faces.images_NHW[0].astype(int) - 127).max() <= 4  # picking pixels would give 0 or 255
 
@@ -145,21 +118,15 @@ def test_size_holds_for_csv_and_smaller_pictures(tmp_path: Path) -> None:
     assert decode(encoded(IMAGES_NHW[0]), 64).shape == (64, 64)
 
 
-@pytest.mark.parametrize("form", ["PNG", "BMP", "GIF", "JPEG", "WEBP"])
-def test_picture_formats(form: str) -> None:
-    smooth_HW = np.repeat(np.arange(48, dtype=np.uint8)[None] * 5, 48, axis=0)
-    assert np.abs(decode(encoded(smooth_HW, form), 48).astype(int) - smooth_HW).max() <= 8
+RAMP_HW = np.repeat(np.arange(48, dtype=np.uint8)[None] * 5, 48, axis=0)
 
 
-def test_colour_palette_and_sixteen_bits_become_grey() -> None:
-    ramp_HW = np.repeat(np.arange(48, dtype=np.uint8)[None] * 5, 48, axis=0)
-    assert np.array_equal(decode(encoded(np.stack([ramp_HW] * 3, axis=-1)), 48), ramp_HW)
-    out = io.BytesIO()
-    Image.fromarray(ramp_HW).convert("P").save(out, "PNG", transparency=b"\0" * 256)
-    assert np.array_equal(decode(out.getvalue(), 48), ramp_HW)
-    out = io.BytesIO()
-    Image.fromarray(ramp_HW.astype(np.uint16) * 257).save(out, "PNG")
-    assert np.array_equal(decode(out.getvalue(), 48), ramp_HW)
+def test_picture_formats_and_modes_become_grey() -> None:
+    for form in ("PNG", "BMP", "GIF", "JPEG", "WEBP"):
+        assert np.abs(decode(encoded(RAMP_HW, form), 48).astype(int) - RAMP_HW).max() <= 8
+    palette = encoded(Image.fromarray(RAMP_HW).convert("P"), transparency=b"\0" * 256)
+    for raw in (encoded(np.stack([RAMP_HW] * 3, axis=-1)), palette, encoded(RAMP_HW.astype(np.uint16) * 257)):
+        assert np.array_equal(decode(raw, 48), RAMP_HW)
 
 
 def hub_table(labels: list[int] | list[str], names: list[str] | None, **more: list[str]) -> pa.Table:
@@ -218,11 +185,8 @@ def test_ferplus_votes_become_targets(tmp_path: Path) -> None:
     assert any(note.startswith("2 pictures have no FER+ vote") for note in faces.notes)
 
 
-def made(labels: list[int], usage: list[int], images_NHW: NDArray[np.uint8] | None = None) -> Faces:
-    if images_NHW is None:
-        images_NHW = np.random.default_rng(1).integers(0, 256, (len(labels), 4, 4), dtype=np.uint8)
-    names = [str(i) for i in range(len(labels))]
-    return Faces(images_NHW=images_NHW, labels_N=np.array(labels), usage_N=np.array(usage), names=names)
+def made(labels: list[int], usage: list[int]) -> Faces:
+    return faces_of(np.random.default_rng(1).integers(0, 256, (len(labels), 4, 4), dtype=np.uint8), labels, usage)
 
 
 def test_held_out_part_is_stratified_seeded_and_keeps_copies_together() -> None:

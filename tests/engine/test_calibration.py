@@ -1,9 +1,10 @@
-"""Reliability bins and ECE, against numbers computed by hand."""
+"""Reliability bins, ECE and McNemar's test with Holm's correction, against numbers computed by hand."""
 
 import numpy as np
 import pytest
 
 from fer_dist.engine.calibration import BINS, calibration
+from fer_dist.engine.significance import EXACT_BELOW, McNemar, holm, mcnemar
 
 
 def two_classes(confidence: list[float]) -> np.ndarray:
@@ -12,7 +13,7 @@ def two_classes(confidence: list[float]) -> np.ndarray:
     return np.stack([p_N, 1 - p_N], axis=1)
 
 
-def test_by_hand() -> None:
+def test_ece_by_hand() -> None:
     """Bins of 1/15: 0.96 and 0.98 in the last, 0.72 in (10/15, 11/15]."""
     found = calibration(two_classes([0.96, 0.98, 0.72, 0.70]), np.array([0, 1, 0, 0]))
     assert BINS == 15
@@ -28,12 +29,47 @@ def test_borders_belong_to_the_bin_below() -> None:
     assert calibration(two_classes([0.5000001]), np.array([0]), bins=4).count_B.tolist() == [0, 0, 1, 0]
 
 
-def test_perfect_and_hopeless() -> None:
+def test_ece_of_extremes() -> None:
     assert calibration(two_classes([1.0] * 5), np.zeros(5, np.int64)).ece == 0
     assert calibration(two_classes([1.0] * 5), np.ones(5, np.int64)).ece == 1
+    nothing = calibration(np.zeros((0, 7)), np.zeros(0, np.int64))
+    assert (nothing.ece, nothing.count_B.tolist()) == (0, [0] * BINS)
 
 
-def test_nothing() -> None:
-    found = calibration(np.zeros((0, 7)), np.zeros(0, np.int64))
-    assert found.ece == 0
-    assert found.count_B.tolist() == [0] * BINS
+def table(both: int, only_first: int, only_second: int, neither: int) -> McNemar:
+    """The test of a two-by-two table."""
+    first = [True] * (both + only_first) + [False] * (only_second + neither)
+    second = [True] * both + [False] * only_first + [True] * only_second + [False] * neither
+    return mcnemar(np.array(first), np.array(second))
+
+
+def test_mcnemar_of_many() -> None:
+    """121 changed one way and 59 the other, of 314: (|121 - 59| - 1)^2 / 180 = 20.67 with one degree of freedom."""
+    found = table(101, 121, 59, 33)
+    assert (found.only_first, found.only_second, found.method) == (121, 59, "chi-square, corrected")
+    assert found.p == pytest.approx(5.45e-6, rel=0.01)
+
+
+def test_mcnemar_of_few_is_exact() -> None:
+    """A coin that falls 1 to 9: two-sided 22 / 1024."""
+    found = table(50, 9, 1, 3)
+    assert found.method == "exact binomial"
+    assert found.p == pytest.approx(22 / 1024)
+    assert table(50, 1, 9, 3).p == found.p
+    assert table(5, 4, 4, 0).p == 1.0
+    assert table(5, 0, 0, 2) == McNemar(only_first=0, only_second=0, p=1.0, method="exact binomial")
+
+
+def test_where_the_methods_of_mcnemar_meet() -> None:
+    """At the border both say about the same."""
+    assert table(9, 17, EXACT_BELOW - 18, 9).method == "exact binomial"
+    assert table(9, 17, EXACT_BELOW - 17, 9).method == "chi-square, corrected"
+    assert table(0, 17, 7, 0).p == pytest.approx(table(0, 18, 7, 0).p, abs=0.03)
+    assert table(0, 13, 13, 0).p == 1.0  # the correction does not go below 0
+
+
+def test_holm() -> None:
+    """0.01, 0.04, 0.03: times 3, then 2 and 1, never falling."""
+    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
+    assert holm([0.5, 0.9]) == [1.0, 1.0]
+    assert holm([]) == []

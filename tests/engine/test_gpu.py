@@ -24,12 +24,10 @@ from tests.helpers.small_runs import AUGMENTED, everything, no_pictures, same, s
 
 pytestmark = pytest.mark.gpu
 
-STEPS = 10
-
 
 def train(arch: str, folder: Path, **values: Any) -> Result:
     """Ten steps on the GPU."""
-    settings = {**AUGMENTED, "train__device": "cuda", "train__epochs": 1, "train__steps_per_epoch": STEPS, **values}
+    settings = {**AUGMENTED, "train__device": "cuda", "train__epochs": 1, "train__steps_per_epoch": 10, **values}
     with no_pictures():
         return fit(tiny(arch, folder, **settings))
 
@@ -113,12 +111,11 @@ def test_evaluation_is_that_of_the_cpu(tmp_path: Path) -> None:
 def test_a_run_goes_on_on_another_device(begins: str, ends: str, tmp_path: Path) -> None:
     """Saved on one device, gone on with on the other: weights on disk are CPU tensors."""
     values = {"train__epochs": 2, "train__ema": 0.9, "run__name": "mine", "run__resume": "auto"}
-    settings = {**AUGMENTED, "train__steps_per_epoch": 3, "train__precision": "float64", **values}
-    with no_pictures():
-        first = fit(tiny("patt_lite", tmp_path, **{**settings, "train__epochs": 1}, train__device=begins))
-        as_stored = torch.load(first.folder / "last.pth", weights_only=True)  # no map_location
-        assert {value.device.type for value in as_stored["weights"].values()} == {"cpu"}
-        second = fit(tiny("patt_lite", tmp_path, **settings, train__device=ends))
+    settings = {"train__steps_per_epoch": 3, "train__precision": "float64", **values}
+    first = train("patt_lite", tmp_path, **{**settings, "train__epochs": 1, "train__device": begins})
+    as_stored = torch.load(first.folder / "last.pth", weights_only=True)  # no map_location
+    assert {value.device.type for value in as_stored["weights"].values()} == {"cpu"}
+    second = train("patt_lite", tmp_path, **settings, train__device=ends)
     assert [record["epoch"] for record in second.records] == [1, 2]
     whole = train("patt_lite", tmp_path, **{**settings, "run__name": "whole", "run__resume": "never"})
     np.testing.assert_allclose(first.losses + second.losses, whole.losses, rtol=0, atol=1e-3)

@@ -1,4 +1,4 @@
-"""Test-time augmentation: which views there are, and how they are averaged; answers in order at any world size."""
+"""Scores and answers: the same from any batches and world sizes; test-time augmentation averages probabilities."""
 
 import numpy as np
 import pytest
@@ -7,24 +7,31 @@ from torch import Tensor
 
 from fer_dist.data.faces import Faces
 from fer_dist.data.feed import evaluation_blocks
-from fer_dist.engine.score import answers, log_probabilities, views
+from fer_dist.engine.metrics import Metrics
+from fer_dist.engine.score import answers, log_probabilities, score, views
 from fer_dist.errors import UserError
 from fer_dist.world import World
 
 
-def slope(side: int) -> Tensor:
-    """Grey that rises by 2 a column and 1 a row: uint8 `[1, 1, side, side]`."""
-    grey = torch.arange(side).view(1, -1) * 2 + torch.arange(side).view(-1, 1)
-    return grey.to(torch.uint8).view(1, 1, side, side)
-
-
 def logits(images_N1SS: Tensor) -> Tensor:
-    """Of three classes: the grey of three pixels of the first row."""
+    """A "network" of three classes: the grey levels of the first three pixels of the first row."""
     return images_N1SS[:, 0, 0, :3].float() / 16
 
 
+def pictures(count: int, side: int = 12) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return torch.randint(0, 256, (count, 1, side, side), generator=generator, dtype=torch.uint8)
+
+
+def some_faces(count: int) -> Faces:
+    zeros = np.zeros(count, np.int64)
+    images_NHW = pictures(count, 8).squeeze(1).numpy()
+    return Faces(images_NHW=images_NHW, labels_N=zeros, usage_N=zeros, names=[str(i) for i in range(count)])
+
+
 def test_views_of_each_kind() -> None:
-    image = slope(48)
+    grey = torch.arange(48).view(1, -1) * 2 + torch.arange(48).view(-1, 1)  # rises by 2 a column and 1 a row
+    image = grey.to(torch.uint8).view(1, 1, 48, 48)
     assert [torch.equal(view, image) for view in views(image, "none")] == [True]
     plain, mirrored = views(image, "flip")
     assert torch.equal(plain, image)
@@ -37,16 +44,12 @@ def test_views_of_each_kind() -> None:
     # 44 of 48 pixels: corners begin 0 or 4 pixels in, the middle 2; where a crop begins is its darkest pixel.
     assert [int(view[0, 0, 0, 0]) for view in ten[::2]] == [0, 8, 4, 12, 6]
     assert [int(view.max()) for view in ten[::2]] == [3 * 43 + start for start in (0, 8, 4, 12, 6)]
+    for side in (1, 2, 5, 64):
+        assert all(view.shape[-1] == side for view in views(pictures(2, side), "ten_crop"))
 
 
-@pytest.mark.parametrize("side", [1, 2, 5, 64])
-def test_crops_of_any_size(side: int) -> None:
-    assert all(view.shape[-1] == side for view in views(torch.full((2, 1, side, side), 9).to(torch.uint8), "ten_crop"))
-
-
-def test_probabilities_are_averaged() -> None:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (5, 1, 12, 12), generator=generator, dtype=torch.uint8)
+def test_probabilities_of_the_views_are_averaged() -> None:
+    images = pictures(5)
     expected = torch.stack([logits(view).double().softmax(1) for view in views(images, "ten_crop")]).mean(0)
     found = log_probabilities(logits, images, "ten_crop")
     assert found.dtype == torch.float64
@@ -54,10 +57,19 @@ def test_probabilities_are_averaged() -> None:
     assert not torch.allclose(found, log_probabilities(logits, images))
 
 
-def some_faces(count: int) -> Faces:
-    images = np.random.default_rng(0).integers(0, 256, (count, 8, 8), dtype=np.uint8)
-    zeros = np.zeros(count, np.int64)
-    return Faces(images_NHW=images, labels_N=zeros, usage_N=zeros, names=[str(i) for i in range(count)])
+@pytest.mark.parametrize("flip", [False, True])
+def test_score_counts_the_same_in_any_batches(flip: bool) -> None:
+    images, labels = pictures(40), torch.arange(40) % 3
+    p_NK = logits(images).double().softmax(1)
+    if flip:
+        p_NK = (p_NK + logits(images.flip(-1)).double().softmax(1)) / 2
+    expected = Metrics.of(p_NK.log(), labels)
+    for size in (1, 7, 40):
+        batches = [(images[i : i + size], labels[i : i + size]) for i in range(0, 40, size)]
+        found = score(logits, batches, World(), classes=3, flip=flip)
+        assert np.array_equal(found.confusion_KK, expected.confusion_KK)
+        assert [found.count, found.loss] == pytest.approx([40, expected.loss], rel=1e-12)
+    assert score(logits, [], World(), classes=3).count == 0
 
 
 def test_blocks_are_the_same_at_any_world_size() -> None:
@@ -75,11 +87,11 @@ def test_blocks_are_the_same_at_any_world_size() -> None:
 
 
 def test_answers_are_in_the_order_of_the_rows() -> None:
-    faces, rows, told = some_faces(20), np.array([7, 3, 19, 0, 1]), list[int]()
-    found = answers(logits, faces, rows, World(), batch=2, progress=told.append)
+    faces, rows, done = some_faces(20), np.array([7, 3, 19, 0, 1]), list[int]()
+    found = answers(logits, faces, rows, World(), batch=2, progress=done.append)
     images = torch.from_numpy(faces.images_NHW[rows]).unsqueeze(1)
     torch.testing.assert_close(found, logits(images).double().log_softmax(1))
-    assert told == [2, 2, 1]
+    assert done == [2, 2, 1]
 
 
 def test_an_error_of_the_model_comes_through() -> None:

@@ -1,9 +1,6 @@
 """`python -m export.bench`: turns, percentiles, table and JSON."""
 
 import json
-import subprocess
-import sys
-from collections.abc import Callable
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -13,9 +10,13 @@ import torch
 from torch import Tensor
 
 from export import bench
+from fer_dist.errors import EXIT_USER_ERROR
+from fer_dist.serve import runner
 from fer_dist.serve.runner import Runner
-from tests.conftest import ROOT
 from tests.helpers.artifacts import SIDE, SPEC, tiny_onnx, write
+from tests.helpers.exporting import command
+
+IMAGES = torch.zeros(4, 1, SIDE, SIDE, dtype=torch.uint8)
 
 
 class Clock:
@@ -56,9 +57,6 @@ class Slow(Runner):
     def _close(self) -> None: ...
 
 
-IMAGES = torch.zeros(4, 1, SIDE, SIDE, dtype=torch.uint8)
-
-
 def test_latency_throughput_and_ratio(clock: Clock) -> None:
     runners = [Slow("slow", 10, clock, []), Slow("quick", 2, clock, [])]
     slow, quick = bench.measure(runners, IMAGES, threads=3, seconds=0.2, warmup=2)
@@ -79,14 +77,12 @@ def test_they_take_turns(clock: Clock) -> None:
     assert max(calls for _, calls in turns) < len(log) / 6, "no turn takes half of the time of its artifact"
 
 
-def test_the_first_call_of_a_turn_is_not_timed(clock: Clock) -> None:
+def test_calls_that_are_timed(clock: Clock) -> None:
+    """Not the first call of a turn; one that is longer than its time, once a turn."""
     times: list[int] = []
     pauses = iter([50, 1, 1])
     bench._turn(lambda: clock.pass_ms(next(pauses)), times, until=2e6)
     assert times == [1e6, 1e6]
-
-
-def test_a_call_longer_than_its_time_is_timed_once_a_turn(clock: Clock) -> None:
     (found,) = bench.measure([Slow("a", 5, clock, [])], IMAGES, threads=1, seconds=0.001, warmup=0)
     assert found.calls == bench.TURNS
 
@@ -104,33 +100,24 @@ def test_percentiles_are_times_that_were_measured() -> None:
     assert bench._percentile([3_000_000, 1_000_000, 2_000_000], 50) == 2
 
 
-def run(*words: str, check: Callable[[int], bool] = lambda code: code == 0) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(
-        [sys.executable, "-m", "export.bench", *words], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    assert check(done.returncode), done.stderr
-    return done
-
-
-def test_the_command(tmp_path: Path) -> None:
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Table on stdout, everything in the JSON; two files, two batch sizes, two counts of threads."""
-    paths = [str(write(tmp_path, tiny_onnx(), name)) for name in ("a.onnx", "b.onnx")]
-    report = tmp_path / "bench.json"
-    words = ["--batch", "1,3", "--threads", "1,2", "--seconds", "0.02", "--warmup", "1", "--json", str(report)]
-    done = run(*paths, *words, "--provider", "cpu")
-    assert done.stderr == ""
-    found: dict[str, Any] = json.loads(report.read_text())
+    paths = [write(tmp_path, tiny_onnx(), name) for name in ("a.onnx", "b.onnx")]
+    words = ["--batch", "1,3", "--threads", "1,2", "--seconds", "0.02", "--warmup", "1", "--provider", "cpu"]
+    assert command(bench.main, *paths, *words, "--json", tmp_path / "bench.json") == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    found: dict[str, Any] = json.loads((tmp_path / "bench.json").read_text())
     kept = [(Path(r["artifact"]).name, r["batch"], r["threads"]) for r in found["results"]]
     assert kept == [(name, n, threads) for threads in (1, 2) for n in (1, 3) for name in ("a.onnx", "b.onnx")]
     assert {r["runs_on"] for r in found["results"]} == {"CPUExecutionProvider"}
     assert all(r["calls"] >= bench.TURNS and r["images_per_second"] > 0 for r in found["results"])
     assert found["machine"]["cpu"]
     assert found["machine"]["versions"]["torch"] == torch.__version__.partition("+")[0]
-    assert found["settings"]["pictures"] == "random uint8"
-    assert found["settings"]["seconds"] == 0.02
-    for words_ in ("random uint8 pictures", "1 warm-up batches", "perf_counter_ns", "images/s", "CPUExecutionProvider"):
-        assert words_ in done.stdout
-    rows = [line.split() for line in done.stdout.splitlines() if line.strip().startswith(("a.onnx ", "b.onnx "))]
+    assert (found["settings"]["pictures"], found["settings"]["seconds"]) == ("random uint8", 0.02)
+    for part in ("random uint8 pictures", "1 warm-up batches", "perf_counter_ns", "images/s", "CPUExecutionProvider"):
+        assert part in out
+    rows = [line.split() for line in out.splitlines() if line.strip().startswith(("a.onnx ", "b.onnx "))]
     assert [row[:3] for row in rows] == [[name, str(n), str(threads)] for name, n, threads in kept]
     assert [row[7] for row in rows if row[0] == "a.onnx"] == ["1.00"] * 4
 
@@ -152,37 +139,28 @@ def test_errors_are_said_once(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     write(tmp_path, tiny_onnx(), "a.onnx")
-    monkeypatch.setattr(sys, "argv", ["bench", *(word.format(tmp_path) for word in words)])
-    with pytest.raises(SystemExit) as left:
-        bench.main()
-    assert left.value.code == 2
+    assert command(bench.main, *(word.format(tmp_path) for word in words)) == EXIT_USER_ERROR
     err = capsys.readouterr().err
     assert err.count("error:") == 1
     assert any(part in err for part in said.split("|"))
 
 
 def test_pictures_of_different_sizes_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fer_dist.serve import runner
-
-    opened = iter([Slow("a", 0, Clock(), []), Slow("b", 0, Clock(), [])])
-
     def open_one(path: Path, **_: Any) -> Runner:
-        found = next(opened)
+        found = Slow(path.name, 0, Clock(), [])
         if path.name == "b":
             found.spec = type(SPEC)(arch="vit")
         return found
 
     monkeypatch.setattr(runner, "open_runner", open_one)
-    monkeypatch.setattr(sys, "argv", ["bench", "a", "b"])
-    with pytest.raises(SystemExit):
-        bench.main()
+    assert command(bench.main, "a", "b") == EXIT_USER_ERROR
     assert "different sizes" in capsys.readouterr().err
 
 
 @pytest.mark.gpu
-def test_a_gpu_is_timed_by_events(tmp_path: Path) -> None:
+def test_a_gpu_is_timed_by_events(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path, tiny_onnx(), "a.onnx")
-    done = run(str(path), "--seconds", "0.1", "--batch", "1")
-    assert "CUDAExecutionProvider" in done.stdout
+    assert command(bench.main, path, "--seconds", "0.1", "--batch", "1") == 0
+    assert "CUDAExecutionProvider" in capsys.readouterr().out

@@ -2,7 +2,6 @@
 
 import errno
 import hashlib
-import json
 import os
 import signal
 import time
@@ -10,10 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import pytest
-from onnx import numpy_helper
 
 from export import maker, precision, trt
 from export import onnx as onnx_command
@@ -21,85 +18,59 @@ from export.console import Wish
 from export.delivery import workshop
 from export.pipeline import export
 from export.precision import CannotRewriteError, Form
-from fer_dist.errors import EXIT_REJECTED, EXIT_USER_ERROR, Rejected, UserError
+from fer_dist.errors import EXIT_REJECTED, Rejected, UserError
 from fer_dist.models import FaceModel
 from fer_dist.serve.artifact import read_sidecar
 from fer_dist.serve.runner import open_runner
-from tests.helpers.exporting import command, content, exported, names, nothing_changes, saved
-
-LOOSE = ("--tolerance", "agreement=0,accuracy=0.5,kl=9")
-"""Random weights answer two classes almost alike: that a picture in fifty goes the other way says nothing."""
-
-
-def plain(path: Path) -> dict[str, Any]:
-    """A JSON file beside an artifact."""
-    found: dict[str, Any] = json.loads(path.with_name(f"{path.name}.json").read_text())
-    return found
-
+from tests.helpers.exporting import command, content, exported, names, nothing_changes, sidecar_of
+from tests.helpers.onnx_graphs import constants, set_constant
 
 # -- the gate
 
 
 def off_by(factor: float) -> Callable[[FaceModel, str], onnx.ModelProto]:
     """An exporter that gets the last layer wrong."""
-
-    def export_wrongly(model: FaceModel, checkpoint_sha256: str) -> onnx.ModelProto:
-        return scaled(exported(model, checkpoint_sha256), factor)
-
-    return export_wrongly
+    return lambda model, checkpoint_sha256: scaled(exported(model, checkpoint_sha256), factor)
 
 
 def scaled(graph: onnx.ModelProto, factor: float) -> onnx.ModelProto:
     """The same graph, but for its last layer."""
-    for tensor in graph.graph.initializer:
-        if "classifier" in tensor.name and len(tensor.dims) == 2:
-            values = (factor * numpy_helper.to_array(tensor)).astype(np.float32)
-            tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
+    for name, values in constants(graph).items():
+        if "classifier" in name and values.ndim == 2:
+            set_constant(graph, name, factor * values)
     return graph
 
 
-@pytest.mark.usefixtures("exported_before")
-def test_what_fails_never_gets_its_name(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Exit code 3, the file as *.rejected with its report; the engine is not even tried; a good one clears away."""
-    for name in ("best.onnx", "best.onnx.json"):
-        (copy / name).unlink()
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(maker, "to_onnx", off_by(1.001))
-        assert command(trt.main, copy / "best.pth", "--backend", "rtx") == EXIT_REJECTED
+def test_a_rejected_graph_gets_another_name_and_the_old_one_stays(
+    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """No engine is built of it, and a graph that passes later removes it."""
+    before = content(copy)
+    monkeypatch.setattr(maker, "to_onnx", off_by(1.001))
+    assert command(trt.main, copy / "best.pth", "--backend", "rtx") == EXIT_REJECTED
     out, err = capsys.readouterr()
-    assert names(copy) == ["best.onnx.rejected", "best.onnx.rejected.json", "best.pth"]
     assert err.startswith("rejected: best.onnx")
     assert "relative difference" in err
     assert "REJECTED: relative difference" in out
-    told = json.loads((copy / "best.onnx.rejected.json").read_text())
-    assert told["parity"]["passed"] is False
-    assert "relative difference" in told["parity"]["reasons"][0]
-    assert told["sha256"] == hashlib.sha256((copy / "best.onnx.rejected").read_bytes()).hexdigest()
+    assert "best.onnx, which was there before, is another one and stays" in out
+    after = content(copy)
+    assert {name: after.pop(name) for name in before} == before
+    assert set(after) == {"best.onnx.rejected", "best.onnx.rejected.json"}
+    report = sidecar_of(copy / "best.onnx.rejected")
+    assert report["parity"]["passed"] is False
+    assert "relative difference" in report["parity"]["reasons"][0]
+    assert report["sha256"] == hashlib.sha256(after["best.onnx.rejected"]).hexdigest()
+    monkeypatch.setattr(maker, "to_onnx", exported)
     assert command(onnx_command.main, copy / "best.pth", "--limit", 5) == 0
     assert names(copy) == ["best.onnx", "best.onnx.json", "best.pth"]
 
 
-@pytest.mark.usefixtures("exported_before")
-def test_the_tolerance_lets_it_pass_and_is_recorded(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loosened_tolerance_lets_it_pass_and_is_recorded(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(maker, "to_onnx", off_by(1.001))
     assert command(onnx_command.main, copy / "best.pth", "--tolerance", "relative=0.1") == 0
-    told = read_sidecar(copy / "best.onnx").parity
-    assert told["passed"] is True
-    assert told["tolerance"]["loosened"] == ["relative=0.1"]
-    assert told["tolerance"]["relative"] == 0.1
-
-
-@pytest.mark.usefixtures("exported_before")
-def test_one_that_passed_before_stays(
-    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    before = content(copy)
-    monkeypatch.setattr(maker, "to_onnx", off_by(1.001))
-    assert command(onnx_command.main, copy / "best.pth") == EXIT_REJECTED
-    assert "best.onnx, which was there before, is another one and stays" in capsys.readouterr().out
-    after = content(copy)
-    assert {name: after[name] for name in before} == before
-    assert set(after) - set(before) == {"best.onnx.rejected", "best.onnx.rejected.json"}
+    report = read_sidecar(copy / "best.onnx").parity
+    assert report["passed"] is True
+    assert (report["tolerance"]["loosened"], report["tolerance"]["relative"]) == (["relative=0.1"], 0.1)
 
 
 def test_of_two_forms_one_fails(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,27 +105,26 @@ def test_an_engine_that_is_executed_is_judged_itself(good: bool, copy: Path, mon
     """Its own numbers stand in its report; what it is computed with here is the graph, or one that is wrong."""
     wrong = copy / "wrong.onnx"
     wrong.write_bytes(scaled(onnx.load(copy / "best.onnx"), 2).SerializeToString())
-    asked = []
+    opened = []
 
-    def opened(path: Path, provider: str = "auto") -> Any:
+    def open_instead(path: Path, provider: str = "auto") -> Any:
         if path.suffix == ".engine":
-            asked.append(read_sidecar(path))
+            opened.append(read_sidecar(path))
             path = copy / "best.onnx" if good else wrong
         return open_runner(path, provider=provider)
 
-    monkeypatch.setattr(maker, "open_runner", opened)
+    monkeypatch.setattr(maker, "open_runner", open_instead)
     wish = Wish(path=copy / "best.onnx")
     if good:
         assert export(wish, Executing()) == [copy / "best.engine"]
     else:
         with pytest.raises(Rejected, match=r"best\.engine"):
             export(wish, Executing())
-    (beside,) = asked
+    (beside,) = opened
     assert (beside.kind, beside.batch, beside.parent) == ("engine", (1, 8, 64), "best.onnx"), "a runner needs it"
-    told = plain(copy / ("best.engine" if good else "best.engine.rejected"))
-    assert told["parity"]["executed"] is True
-    assert told["parity"]["passed"] is good
-    assert told["parity"]["candidate"].startswith("best.engine (")
+    report = sidecar_of(copy / ("best.engine" if good else "best.engine.rejected"))["parity"]
+    assert (report["executed"], report["passed"]) == (True, good)
+    assert report["candidate"].startswith("best.engine (")
     assert not (copy / ("best.engine.rejected" if good else "best.engine")).exists()
 
 
@@ -163,26 +133,26 @@ def test_an_engine_that_is_executed_is_judged_itself(good: bool, copy: Path, mon
 
 @pytest.mark.usefixtures("exported_before")
 @pytest.mark.parametrize(
-    ("error", "code"),
-    [(KeyboardInterrupt(), None), (RuntimeError("a mistake of ours"), None), (UserError("x", "y"), EXIT_USER_ERROR)],
+    ("where", "error"),
+    [
+        ("to_onnx", KeyboardInterrupt()),
+        ("compare", RuntimeError("a mistake of ours")),
+        ("deliver", UserError("x", "y")),
+        ("to_int8", KeyboardInterrupt()),
+    ],
 )
-@pytest.mark.parametrize("where", ["to_onnx", "compare", "deliver", "to_int8"])
 def test_nothing_is_left_after_an_exception(
-    error: BaseException, code: int | None, where: str, copy: Path, monkeypatch: pytest.MonkeyPatch
+    where: str, error: BaseException, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*given: object, **named: object) -> None:
         assert any(path.name.startswith(".export-") for path in copy.iterdir()), "in the middle of the work"
         raise error
 
     monkeypatch.setattr(maker, where, fail)
-    path = copy / ("best.onnx" if where == "to_int8" else "best.pth")
-    words = ["--limit", 5, *(["--precision", "int8"] if where == "to_int8" else [])]
-    with nothing_changes(copy):
-        if code:
-            assert command(onnx_command.main, path, *words) == code
-        else:
-            with pytest.raises(type(error)):
-                onnx_command._main([str(path), *map(str, words)])
+    of_int8 = where == "to_int8"
+    wish = Wish(path=copy / ("best.onnx" if of_int8 else "best.pth"), limit=5, precision="int8" if of_int8 else None)
+    with nothing_changes(copy), pytest.raises(type(error)):
+        export(wish)
 
 
 def test_sigterm_leaves_nothing(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,19 +170,27 @@ def test_sigterm_leaves_nothing(copy: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 @pytest.mark.usefixtures("exported_before")
-def test_interrupted_between_the_artifact_and_its_json_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The only moment at which something has its name already."""
+@pytest.mark.parametrize("first", [True, False])
+def test_a_failure_between_the_artifact_and_its_sidecar_restores_the_folder(
+    first: bool, copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For a moment the artifact has its name and no sidecar; an earlier artifact comes back."""
+    error: BaseException = OSError(errno.EIO, "Input/output error")
+    if first:
+        error = KeyboardInterrupt()
+        for name in ("best.onnx", "best.onnx.json"):
+            (copy / name).unlink()
+    rename = Path.replace
 
     def replaced(self: Path, target: Path) -> Path:
         if target.name == "best.onnx.json":
-            assert (tmp_path / "best.onnx").exists()
-            raise KeyboardInterrupt
+            assert (copy / "best.onnx").exists()
+            raise error
         return rename(self, target)
 
-    path, rename = saved(tmp_path, "vit"), Path.replace
     monkeypatch.setattr(Path, "replace", replaced)
-    with nothing_changes(tmp_path), pytest.raises(KeyboardInterrupt):
-        onnx_command._main([str(path), "--limit", "5"])
+    with nothing_changes(copy), pytest.raises(KeyboardInterrupt if first else UserError):
+        export(Wish(path=copy / "best.pth", limit=5))
 
 
 def test_what_a_killed_export_left_goes_a_day_later(tmp_path: Path) -> None:
@@ -227,7 +205,6 @@ def test_what_a_killed_export_left_goes_a_day_later(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [new]
 
 
-@pytest.mark.usefixtures("exported_before")
 @pytest.mark.parametrize(
     ("failure", "said"),
     [
@@ -235,7 +212,7 @@ def test_what_a_killed_export_left_goes_a_day_later(tmp_path: Path) -> None:
         (OSError(errno.ENOSPC, "No space left on device"), "fp16: no temporary file: No space left on device"),
     ],
 )
-def test_what_a_rewriter_cannot_do_is_told(
+def test_a_failing_rewriter_is_a_user_error(
     failure: Exception, said: str, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> None:
@@ -244,19 +221,3 @@ def test_what_a_rewriter_cannot_do_is_told(
     monkeypatch.setattr(maker, "to_float16", fail)
     with nothing_changes(copy), pytest.raises(UserError, match=said):
         export(Wish(path=copy / "best.onnx", precision="fp16", tolerance="agreement=0.5"))
-
-
-@pytest.mark.usefixtures("exported_before")
-def test_a_good_artifact_outlives_one_that_cannot_be_written(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The disk fails between the two names: the artifact of before is back, and its JSON file is about it."""
-    before, rename = content(copy), Path.replace
-
-    def replaced(self: Path, target: Path) -> Path:
-        if target.name == "best.onnx.json":
-            raise OSError(errno.EIO, "Input/output error")
-        return rename(self, target)
-
-    monkeypatch.setattr(Path, "replace", replaced)
-    with pytest.raises(UserError, match="Input/output error"):
-        export(Wish(path=copy / "best.pth"))
-    assert content(copy) == before

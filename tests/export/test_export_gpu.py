@@ -1,4 +1,4 @@
-"""Point 9: what needs a CUDA device: engines that run, ONNX Runtime on the GPU. Skipped elsewhere, with the reason."""
+"""What needs a CUDA device: engines that run, ONNX Runtime on the GPU. Skipped elsewhere, with the reason."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,8 @@ import torch
 
 from export import bench, parity, trt
 from export import onnx as onnx_command
+from export.answers import ask
+from export.engines import choose_builder
 from export.gate import compare, tolerance_of
 from fer_dist.serve.artifact import Precision, read_sidecar
 from fer_dist.serve.ortsession import PROVIDERS
@@ -18,32 +20,35 @@ from tests.helpers.tiny_models import pictures
 pytestmark = pytest.mark.gpu
 
 ARCHS = ("vit", "patt_lite", "vit_mae")
-PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "int8")
 # Random weights: classes lie closer together than int8 and float16 are exact. Probabilities keep their bound.
-LOOSE = {
+LOOSE: dict[Precision, tuple[str, ...]] = {
     "fp32": (),
     "fp16": ("--tolerance", "agreement=0,accuracy=0.05"),
     "int8": ("--tolerance", "agreement=0,accuracy=0.3"),
 }
 
 
-@pytest.mark.parametrize("precision", PRECISIONS)
-@pytest.mark.parametrize("arch", ARCHS)
-@pytest.mark.parametrize(("backend", "module"), [("tensorrt", "tensorrt"), ("rtx", "tensorrt_rtx")])
-def test_an_engine_is_built_and_executed(
-    backend: str, module: str, arch: str, precision: Precision, tmp_path: Path
-) -> None:
+def require(backend: str) -> None:
+    """Skip where the package of a backend is missing, or is not for this GPU."""
+    module = "tensorrt_rtx" if backend == "rtx" else "tensorrt"
     pytest.importorskip(module, reason=f"{module} is not installed")
+    if backend == "rtx" and not choose_builder("rtx", (1, 8, 64), ()).executes:
+        pytest.skip(f"TensorRT for RTX is not for GPUs of compute capability {torch.cuda.get_device_capability()}")
+
+
+@pytest.mark.parametrize("precision", LOOSE)
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("backend", ["tensorrt", "rtx"])
+def test_an_engine_is_built_and_executed(backend: str, arch: str, precision: Precision, tmp_path: Path) -> None:
+    require(backend)
     path = saved(tmp_path, arch)
     words = [path, "--backend", backend, "--precision", precision, "--batch", "1,8,64", *LOOSE[precision]]
-    if backend == "rtx" and not trt_runs_here():
-        pytest.skip(f"TensorRT for RTX is not for GPUs of compute capability {torch.cuda.get_device_capability()}")
     assert command(trt.main, *words) == 0
     (engine,) = tmp_path.glob("*.engine")
-    told = read_sidecar(engine)
-    assert told.parity["executed"] is True
-    assert set(told.parity["by_batch"]) >= {"1", "2", "3", "7", "64"}
-    assert told.parity["candidate"].startswith(f"{engine.name} (TensorRT")
+    report = read_sidecar(engine).parity
+    assert report["executed"] is True
+    assert set(report["by_batch"]) >= {"1", "2", "3", "7", "64"}
+    assert report["candidate"].startswith(f"{engine.name} (TensorRT")
     assert command(parity.main, path, engine, *LOOSE[precision]) == 0
     with open_runner(engine) as runner:
         images_N1SS = pictures(200)  # beyond its largest batch
@@ -52,29 +57,21 @@ def test_an_engine_is_built_and_executed(
     torch.testing.assert_close(found.probabilities_NK, found.logits_NK.softmax(1), atol=1e-4, rtol=0)
 
 
-def trt_runs_here() -> bool:
-    """Whether TensorRT for RTX knows this GPU."""
-    from export.engines import choose_builder
-
-    return choose_builder("rtx", (1, 8, 64), ()).executes
-
-
-@pytest.mark.parametrize("precision", PRECISIONS)
+@pytest.mark.parametrize("precision", LOOSE)
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
 def test_providers_of_onnx_runtime(provider: str, arch: str, precision: Precision, tmp_path: Path) -> None:
-    """The provider that was asked for really runs, and its answers pass the gate."""
+    """The requested provider really runs, and its outputs pass the gate."""
     if provider == "tensorrt":
-        pytest.importorskip("tensorrt", reason="ONNX Runtime's TensorRT provider needs the package tensorrt")
-    path = saved(tmp_path, arch)
-    assert command(onnx_command.main, path, "--precision", precision, *LOOSE[precision]) == 0
+        require("tensorrt")
+    assert command(onnx_command.main, saved(tmp_path, arch), "--precision", precision, *LOOSE[precision]) == 0
     artifact = tmp_path / f"best{'' if precision == 'fp32' else f'.{precision}'}.onnx"
     gate = Gate(lively(arch), tmp_path)
     with open_runner(artifact, provider=provider) as runner:
         assert runner.runs_on == PROVIDERS[provider]
-        answers = gate.ask(runner)
-    bounds = tolerance_of(precision, LOOSE[precision][1] if LOOSE[precision] else "")
-    report = compare(gate.reference, answers, gate.pictures, bounds, names=("torch", provider))
+        found = ask(runner, gate.pictures)
+    bounds = tolerance_of(precision, "".join(LOOSE[precision][1:]))
+    report = compare(gate.reference, found, gate.pictures, bounds, names=("torch", provider))
     assert report.passed, report.reasons
 
 
@@ -85,9 +82,7 @@ def test_bench(kind: str, tmp_path: Path) -> None:
     if kind == "onnx":
         assert command(onnx_command.main, path) == 0
     elif kind != "pth":
-        pytest.importorskip({"rtx": "tensorrt_rtx"}.get(kind, kind), reason=f"{kind} is not installed")
-        if kind == "rtx" and not trt_runs_here():
-            pytest.skip(f"TensorRT for RTX is not for GPUs of capability {torch.cuda.get_device_capability()}")
+        require(kind)
         assert command(trt.main, path, "--backend", kind) == 0
     artifact = tmp_path / f"best.{kind if kind in ('pth', 'onnx') else 'engine'}"
     words = [artifact, "--batch", "8", "--seconds", "0.5", "--json", tmp_path / "bench.json"]
@@ -99,7 +94,7 @@ def test_bench(kind: str, tmp_path: Path) -> None:
 
 
 def test_the_timing_cache_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("tensorrt", reason="tensorrt is not installed")
+    require("tensorrt")
     monkeypatch.setenv("FER_DIST_CACHE", str(tmp_path / "cache"))
     path = saved(tmp_path, "patt_lite")
     for _ in range(2):

@@ -9,16 +9,18 @@ from export import float16
 from export.precision import to_float16
 from export.rewrite import cpu_session, heads
 from fer_dist.serve.artifact import INPUT, LOGITS, read_onnx_metadata
+from tests.helpers.exporting import copied, graph_of
 from tests.helpers.onnx_graphs import (
     ARCHS,
     agreement,
     chain,
     check_batches,
     check_tensorrt,
-    copied,
-    graph_of,
+    constants,
+    half_of,
     images,
     logits,
+    set_constant,
     types,
     weight_bytes,
 )
@@ -26,99 +28,70 @@ from tests.helpers.onnx_graphs import (
 SAMPLE = images(8)
 
 
-@pytest.fixture(scope="module", params=ARCHS)
-def arch(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture(scope="module")
-def half(arch: str) -> onnx.ModelProto:
-    return to_float16(graph_of(arch), SAMPLE)[0]
-
-
-def test_same_answers(arch: str, half: onnx.ModelProto) -> None:
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_outputs_hardly_change(arch: str) -> None:
+    half = half_of(arch)[0]
     truth_NK, found_NK = logits(graph_of(arch), images(40)), logits(half, images(40))
     assert 0 < np.abs(found_NK - truth_NK).max() < 0.02 * truth_NK.std(axis=0).max()
     assert agreement(truth_NK, found_NK) == 1
     check_batches(half)
 
 
-def test_half_inside(arch: str, half: onnx.ModelProto) -> None:
+@pytest.mark.parametrize("arch", ARCHS)
+def test_half_inside_and_float32_where_it_must_be(arch: str) -> None:
+    half = half_of(arch)[0]
     found, spared = types(half), heads(half)
-    layers = [
-        node for node in half.graph.node if node.op_type in ("Conv", "Gemm", "MatMul") and node.name not in spared
-    ]
+    layers = [n for n in half.graph.node if n.op_type in ("Conv", "Gemm", "MatMul") and n.name not in spared]
     assert len(layers) > 10
     assert {found[name] for node in layers for name in (*node.input, *node.output)} == {TensorProto.FLOAT16}
     kinds = [tensor.data_type for tensor in half.graph.initializer]
     assert kinds.count(TensorProto.FLOAT16) > kinds.count(TensorProto.FLOAT)
     assert weight_bytes(half) < 0.6 * weight_bytes(graph_of(arch))
-
-
-def test_float32_where_it_must_be(half: onnx.ModelProto) -> None:
-    found = types(half)
     full = [n for n in half.graph.node if n.op_type in ("LayerNormalization", "Softmax", "ReduceMean", "Resize")]
     assert len(full) > 2
-    floats = (TensorProto.FLOAT, TensorProto.FLOAT16)
-    kinds = {found[name] for node in full for name in (*node.input, *node.output) if name and found[name] in floats}
-    assert kinds == {TensorProto.FLOAT}
+    used = {found[name] for node in full for name in (*node.input, *node.output) if name}
+    assert used & {TensorProto.FLOAT, TensorProto.FLOAT16} == {TensorProto.FLOAT}
     pixels = [node for node in half.graph.node if "images" in node.input and node.op_type == "Cast"]
-    assert [found[node.output[0]] for node in pixels] == [TensorProto.FLOAT]
     normalised = [node for node in half.graph.node if any("preprocess" in name for name in node.input)]
-    assert [found[node.output[0]] for node in normalised] == [TensorProto.FLOAT] * 2
+    assert [found[node.output[0]] for node in (*pixels, *normalised)] == [TensorProto.FLOAT] * 3
 
 
-def test_cast_once_and_nothing_twice(half: onnx.ModelProto) -> None:
-    casts = [(node.input[0], node.attribute[0].i) for node in half.graph.node if node.op_type == "Cast"]
-    assert len(set(casts)) == len(casts)
-    given = {name for node in half.graph.node for name in node.input}
-    assert {tensor.name for tensor in half.graph.initializer} <= given, "a constant that nobody reads"
-    back = {node.output[0] for node in half.graph.node if node.op_type == "Cast"} - {"_to_copy"}
-    assert not [name for name, _ in casts if name in back], "a cast of a cast"
-
-
-def test_valid_and_told(arch: str, half: onnx.ModelProto) -> None:
+@pytest.mark.parametrize("arch", ARCHS)
+def test_valid_described_and_without_waste(arch: str) -> None:
+    """Nothing is cast twice or stored for nobody; TensorRT reads it."""
+    half, notes = half_of(arch)
     onnx.checker.check_model(half, full_check=True)
     onnx.shape_inference.infer_shapes(half, check_type=True, strict_mode=True)
-    properties = {entry.key: entry.value for entry in half.metadata_props}
-    assert read_onnx_metadata(properties)[1] == "fp16"
-    _, told = to_float16(graph_of(arch), SAMPLE)
-    assert told[0].startswith("float16: ")
-    assert any("preprocessing" in line for line in told)
-    assert any("LayerNormalization" in line for line in told)
-
-
-def test_tensorrt_reads_it(half: onnx.ModelProto) -> None:
+    assert read_onnx_metadata({entry.key: entry.value for entry in half.metadata_props})[1] == "fp16"
+    assert notes[0].startswith("float16: ")
+    assert any("preprocessing" in line for line in notes)
+    assert any("LayerNormalization" in line for line in notes)
+    casts = [(node.input[0], node.attribute[0].i) for node in half.graph.node if node.op_type == "Cast"]
+    assert len(set(casts)) == len(casts)
+    assert constants(half).keys() <= {name for node in half.graph.node for name in node.input}
+    back = {node.output[0] for node in half.graph.node if node.op_type == "Cast"} - {"_to_copy"}
+    assert not [name for name, _ in casts if name in back], "a cast of a cast"
     check_tensorrt(half)
 
 
 def test_the_given_graph_is_left_alone() -> None:
     before = graph_of("vit").SerializeToString(deterministic=True)
-    first, second = (to_float16(graph_of("vit"), SAMPLE)[0] for _ in range(2))
+    again = to_float16(graph_of("vit"), SAMPLE)[0].SerializeToString(deterministic=True)
+    assert again == half_of("vit")[0].SerializeToString(deterministic=True)
     assert graph_of("vit").SerializeToString(deterministic=True) == before
-    assert first.SerializeToString(deterministic=True) == second.SerializeToString(deterministic=True)
 
 
-def _overflowing() -> onnx.ModelProto:
-    """The vit with values of 1e6 before the output of the first attention, and the same function."""
-    model = copied(graph_of("vit"))
-    tensors = {tensor.name: tensor for tensor in model.graph.initializer}
-    products = [node for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in tensors]
-    _, _, values, output = products[:4]
-    for node, factor in ((values, 1e7), (output, 1e-7)):
-        tensor = tensors[node.input[1]]
-        weights = numpy_helper.to_array(tensor) * np.float32(factor)
-        tensor.CopyFrom(numpy_helper.from_array(weights, tensor.name))
-    return model
-
-
-def test_overflow(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = _overflowing()
+def test_what_overflows_stays_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same function with values of 1e6 before the output of the first attention."""
+    model, stored = copied(graph_of("vit")), constants(graph_of("vit"))
+    products = [node.input[1] for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in stored]
+    for name, factor in ((products[2], 1e7), (products[3], 1e-7)):
+        set_constant(model, name, stored[name] * np.float32(factor))
     truth_NK = logits(model, images(20))
     np.testing.assert_allclose(truth_NK, logits(graph_of("vit"), images(20)), atol=1e-4)
-    held, told = to_float16(model, SAMPLE)
+    held, notes = to_float16(model, SAMPLE)
     assert np.abs(logits(held, images(20)) - truth_NK).max() < 0.02 * truth_NK.std(axis=0).max()
-    assert any("MatMul" in line and "exceed" in line for line in told), told
+    assert any("MatMul" in line and "exceed" in line for line in notes), notes
     monkeypatch.setattr(float16, "MARGIN", 1e-30)  # the rule that keeps large values in float32 is off
     forced, _ = to_float16(model, SAMPLE)
     (found_NK,) = cpu_session(forced).run([LOGITS], {INPUT: images(20)})
@@ -131,8 +104,8 @@ def test_margin() -> None:
     first, second = (generator.uniform(0.5, 1, shape).astype(np.float32) for shape in ((4, 8), (8, 8)))
     pixels = np.full((1, 1, 2, 2), 255, np.uint8)
     for factor, kept in ((4e3, False), (1.6e4, True)):  # sums of four products: below 16,000 and below 64,000
-        _, told = to_float16(chain(first * factor, second / factor * 100), pixels)
-        assert any("exceed" in line for line in told) == kept, told
+        _, notes = to_float16(chain(first * factor, second / factor * 100), pixels)
+        assert any("exceed" in line for line in notes) == kept, notes
 
 
 def test_constants_without_digits(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,14 +122,14 @@ def test_constants_without_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     assert np.abs(logits(forced, pixels) - truth_NK).max() > 2e-2 * np.abs(truth_NK).max()
 
 
-def test_a_small_bias_beside_large_sums_is_half() -> None:
+def test_a_small_bias_added_to_large_sums_is_half() -> None:
     """Tiny biases lose digits too, but nobody would see it."""
     model = copied(graph_of("patt_lite"))
-    (bias,) = (tensor for tensor in model.graph.initializer if tensor.name.endswith("features.0.0.weight_bias"))
-    bias.CopyFrom(numpy_helper.from_array(np.full(bias.dims, 1e-7, np.float32), bias.name))
-    held, told = to_float16(model, SAMPLE)
-    assert types(held)[f"{bias.name}_half"] == TensorProto.FLOAT16
-    assert not any("constant" in line for line in told)
+    (bias,) = (name for name in constants(model) if name.endswith("features.0.0.weight_bias"))
+    set_constant(model, bias, np.full_like(constants(model)[bias], 1e-7))
+    held, notes = to_float16(model, SAMPLE)
+    assert types(held)[f"{bias}_half"] == TensorProto.FLOAT16
+    assert not any("constant" in line for line in notes)
 
 
 def test_inputs_that_have_no_half_stay() -> None:
@@ -168,16 +141,13 @@ def test_inputs_that_have_no_half_stay() -> None:
     model.graph.node[4].input[:] = ["doubled", "narrow"]
     model.graph.node.insert(4, resize)
     found = types(to_float16(model, SAMPLE[:, :, :2, :2])[0])
-    assert found["doubled"] == TensorProto.FLOAT16
-    assert found["scales"] == TensorProto.FLOAT
+    assert (found["doubled"], found["scales"]) == (TensorProto.FLOAT16, TensorProto.FLOAT)
 
 
 def test_values_are_not_rounded_on_the_way_between_float32() -> None:
     """What only moves from one operator in float32 to another is not cast to float16 and back."""
-    model = graph_of("timm:convnext_atto")
-    half, _ = to_float16(model, SAMPLE)
-    makers = {name: node for node in half.graph.node for name in node.output}
-    found = types(half)
+    half = half_of("timm:convnext_atto")[0]
+    makers, found = {name: node for node in half.graph.node for name in node.output}, types(half)
     moves = [node for node in half.graph.node if node.op_type in float16.MOVES]
     for node in (node for node in moves if found[node.output[0]] == TensorProto.FLOAT16):
         before = makers[node.input[0]]

@@ -1,4 +1,4 @@
-"""Point 4: the numbers of the gate against numpy, what it lets pass and what not, and the pictures that it asks."""
+"""The numbers of the gate against numpy, what it lets pass and what not, and the pictures that it compares on."""
 
 import json
 import math
@@ -11,6 +11,7 @@ import torch
 from export.answers import BATCHES, Answers, ask, batches
 from export.gate import ParityReport, Tolerance, compare, show, tolerance_of
 from fer_dist.errors import Rejected, UserError
+from fer_dist.serve.artifact import PRECISIONS, Precision
 from fer_dist.serve.dataset import Pictures, open_data
 from fer_dist.spec import InputSpec, LabelSet, ModelSpec
 from tests.helpers.exporting import SETTINGS, Live, lively
@@ -38,18 +39,28 @@ def labelled(count: int, meaningful: bool = True) -> Pictures:
     return Pictures(images_N1SS=images_N1SS, labels_N=labels_N, source="none", meaningful=meaningful, of=count)
 
 
-def report_of(reference: Answers, candidate: Answers, tolerance: Tolerance = FP32) -> ParityReport:
-    return compare(reference, candidate, labelled(reference.count), tolerance, names=("a", "b"))
+def report_of(
+    reference: torch.Tensor | Answers,
+    candidate: torch.Tensor | Answers,
+    tolerance: Tolerance = FP32,
+    pictures: Pictures | None = None,
+) -> ParityReport:
+    first, second = (answers(x) if isinstance(x, torch.Tensor) else x for x in (reference, candidate))
+    return compare(first, second, pictures or labelled(first.count), tolerance, names=("a", "b"))
+
+
+def noise(count: int) -> torch.Tensor:
+    return torch.randn(count, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
 def test_the_numbers_are_those_of_numpy() -> None:
     random = np.random.default_rng(0)
     wanted = (3 * random.normal(size=(50, 7))).astype(np.float32)
     found = (wanted + 0.3 * random.normal(size=(50, 7))).astype(np.float32)
-    report = report_of(answers(torch.from_numpy(wanted)), answers(torch.from_numpy(found)))
+    report = report_of(torch.from_numpy(wanted), torch.from_numpy(found))
     a, b = wanted.astype(np.float64), found.astype(np.float64)
     p, q = (np.exp(x) / np.exp(x).sum(1, keepdims=True) for x in (a, b))
-    labels = np.arange(50) % 7
+    labels, size = np.arange(50) % 7, np.array([2, 2, 3, 3, 3] * 10)
     assert report.max_abs == pytest.approx(np.abs(b - a).max())
     assert report.mean_abs == pytest.approx(np.abs(b - a).mean())
     assert report.relative == pytest.approx(np.abs(b - a).max() / a.std(ddof=1))
@@ -59,130 +70,134 @@ def test_the_numbers_are_those_of_numpy() -> None:
     assert report.accuracy_candidate == pytest.approx((b.argmax(1) == labels).mean())
     assert report.accuracy_delta == pytest.approx(report.accuracy_candidate - report.accuracy_reference)
     assert report.kl == pytest.approx((p * np.log(p / q)).sum(1).mean())
-    size = np.array([2, 2, 3, 3, 3] * 10)
-    for batch in (2, 3):
-        assert report.by_batch[batch] == pytest.approx(np.abs(b - a)[size == batch].max())
+    assert report.by_batch == {n: pytest.approx(np.abs(b - a)[size == n].max()) for n in (2, 3)}
     assert report.classes_answered == len(set(a.argmax(1)))
     assert 0 < report.top1_agreement < 1
     assert not report.passed
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16", "int8", "int8.cpu"])
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("where", ["logits", "probabilities", "reference"])
-def test_what_is_no_number_is_rejected(precision: str, bad: float, where: str) -> None:
-    """One single value; the comparisons with it are all false, whichever way round."""
-    logits_NK = torch.randn(2000, 7, generator=torch.Generator().manual_seed(0))
-    spoilt_NK = logits_NK.clone()
-    spoilt_NK[1234, int(logits_NK[1234].argmin())] = bad
-    good = answers(logits_NK)
-    candidate = answers(spoilt_NK, logits_NK.softmax(1)) if where == "logits" else good
-    if where == "probabilities":
-        candidate = answers(logits_NK, spoilt_NK)
-    reference = answers(spoilt_NK) if where == "reference" else good
-    report = report_of(reference, candidate, tolerance_of(precision))  # type: ignore[arg-type]
-    assert any("a NaN or an infinity" in reason for reason in report.reasons)
-    json.dumps(report.to_dict(), allow_nan=False)
-    assert "REJECTED" in show(report)
-    with pytest.raises(Rejected, match="NaN or an infinity"):
-        report.require()
-    assert report_of(good, good, tolerance_of(precision)).passed  # type: ignore[arg-type]
+def test_one_value_that_is_not_finite_is_rejected(where: str) -> None:
+    """All comparisons with NaN are false, in both directions."""
+    good_NK = noise(2000)
+    good = answers(good_NK)
+    for bad in (math.nan, math.inf, -math.inf):
+        bad_NK = good_NK.clone()
+        bad_NK[1234, int(good_NK[1234].argmin())] = bad
+        broken = answers(good_NK, bad_NK) if where == "probabilities" else answers(bad_NK, good_NK.softmax(1))
+        pair = (broken, good) if where == "reference" else (good, broken)
+        for precision in PRECISIONS:
+            report = report_of(*pair, tolerance_of(precision))
+            assert any("a NaN or an infinity" in reason for reason in report.reasons)
+            json.dumps(report.to_dict(), allow_nan=False)
+            assert "REJECTED" in show(report)
+            with pytest.raises(Rejected, match="NaN or an infinity"):
+                report.require()
+            assert report_of(good, good, tolerance_of(precision)).passed
 
 
-@pytest.mark.parametrize(
-    ("precision", "changed", "passes"),
-    [
-        *[("fp32", 0, True), ("fp32", 1, False), ("fp16", 3, True), ("fp16", 4, False)],
-        *[("int8", 30, True), ("int8", 31, False), ("int8.cpu", 30, True), ("int8.cpu", 31, False)],
-    ],
-)
-def test_the_bounds_of_agreement(precision: str, changed: int, passes: bool) -> None:
+@pytest.mark.parametrize(("precision", "most"), [("fp32", 0), ("fp16", 3), ("int8", 30), ("int8.cpu", 30)])
+def test_the_bounds_of_agreement(precision: Precision, most: int) -> None:
     """Of 1000 pictures so many get another class, by a hair; their accuracy is the same."""
     logits_NK = torch.zeros(1000, 7)
     logits_NK[:, 0], logits_NK[:, 1] = 1, 1 - 1e-6
     logits_NK[500:, 2] = 2  # the other half answers something else
-    other_NK = logits_NK.clone()
-    other_NK[:changed, 1] = 1 + 1e-6
     pictures = replace(labelled(1000), labels_N=torch.full((1000,), 6))
-    bounds = tolerance_of(precision)  # type: ignore[arg-type]
-    report = compare(answers(logits_NK), answers(other_NK), pictures, bounds, names=("a", "b"))
-    assert report.passed == passes, report.reasons
-    assert report.top1_agreement == pytest.approx(1 - changed / 1000)
+    for changed in (most, most + 1):
+        other_NK = logits_NK.clone()
+        other_NK[:changed, 1] = 1 + 1e-6
+        report = report_of(logits_NK, other_NK, tolerance_of(precision), pictures)
+        assert report.passed == (changed == most), report.reasons
+        assert report.top1_agreement == pytest.approx(1 - changed / 1000)
 
 
 @pytest.mark.parametrize(("precision", "worse"), [("fp32", 0), ("fp16", 2), ("int8", 10)])
 @pytest.mark.parametrize("meaningful", [True, False])
-def test_the_bounds_of_accuracy(precision: str, worse: int, meaningful: bool) -> None:
-    """Of 2000 pictures; where accuracy means nothing it is not asked."""
-    bounds = replace(tolerance_of(precision), agreement=0.0, relative=None, kl=9.0)  # type: ignore[arg-type]
+def test_the_bounds_of_accuracy(precision: Precision, worse: int, meaningful: bool) -> None:
+    """Of 2000 pictures. Where accuracy means nothing it is not judged."""
+    bounds = replace(tolerance_of(precision), agreement=0.0, relative=None, kl=9.0)
     pictures = labelled(2000, meaningful)
     right_NK = 9.0 * torch.nn.functional.one_hot(pictures.labels_N, 7)
     for wrong, passes in ((worse, True), (worse + 1, not meaningful)):
         other_NK = right_NK.clone()
         other_NK[:wrong] = other_NK[:wrong].roll(1, 1)
         for pair in ((right_NK, other_NK), (other_NK, right_NK)):  # better is another model as well
-            report = compare(answers(pair[0]), answers(pair[1]), pictures, bounds, names=("a", "b"))
+            report = report_of(*pair, bounds, pictures)
             assert report.passed == passes, report.reasons
 
 
 def test_relative_is_of_the_spread() -> None:
     """The same absolute difference is much for small logits and little for large ones."""
-    logits_NK = torch.randn(500, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     for scale, passes in ((1.0, False), (10.0, True)):
-        wanted_NK = scale * logits_NK
-        report = report_of(answers(wanted_NK), answers(wanted_NK + 5e-4))
+        report = report_of(scale * noise(500), scale * noise(500) + 5e-4)
         assert report.passed == passes, report.reasons
 
 
 def test_probabilities_are_the_softmax_of_its_own_logits() -> None:
-    logits_NK = torch.randn(100, 7, generator=torch.Generator().manual_seed(0))
-    report = report_of(answers(logits_NK), answers(logits_NK, logits_NK.softmax(0)), tolerance_of("int8"))
+    logits_NK = noise(100)
+    report = report_of(logits_NK, answers(logits_NK, logits_NK.softmax(0)), tolerance_of("int8"))
     assert "softmax of its own logits" in "; ".join(report.reasons)
 
 
-def test_tolerance() -> None:
+def test_one_class_for_all_pictures_proves_nothing_about_a_rewritten_graph() -> None:
+    """Agreement is complete where the pictures are not of the kind that a model knows."""
+    logits_NK = noise(200) * 0.1
+    logits_NK[:, 3] += 9
+    for precision, text, passes in (("fp32", "", 1), ("fp16", "", 0), ("int8", "", 0), ("fp16", "agreement=0", 1)):
+        report = report_of(logits_NK, logits_NK.clone(), tolerance_of(precision, text))  # type: ignore[arg-type]
+        assert report.passed == passes, report.reasons
+
+
+@pytest.mark.parametrize("precision", ["fp16", "int8"])
+def test_the_same_classes_with_other_probabilities_are_rejected(precision: Precision) -> None:
+    report = report_of(3 * noise(500), 3 * noise(500) / 20, tolerance_of(precision))
+    assert report.top1_agreement == 1
+    assert [reason for reason in report.reasons if "KL divergence" in reason]
+
+
+def test_a_loosened_tolerance_is_recorded() -> None:
     found = tolerance_of("int8", "agreement=0.9,accuracy=0.02")
     assert (found.agreement, found.relative, found.accuracy) == (0.9, None, 0.02)
     assert found.loosened == ("agreement=0.9", "accuracy=0.02")
     assert tolerance_of("int8.cpu") == tolerance_of("int8", "")
-    report = report_of(answers(torch.randn(80, 7)), answers(torch.randn(80, 7)), tolerance_of("int8", "agreement=0"))
+    report = report_of(torch.randn(80, 7), torch.randn(80, 7), tolerance_of("int8", "agreement=0"))
     assert report.to_dict()["tolerance"]["loosened"] == ("agreement=0",)
     assert "loosened       agreement=0\n" in show(report) + "\n"
 
 
-@pytest.mark.parametrize(
-    "text", ["much", "agreement", "agreement=", "agreement=x", "agreement=-1", "agreement=1.1", "relative=nan"]
-)
-def test_another_tolerance_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match="--tolerance") as refused:
-        tolerance_of("fp32", text)
-    assert refused.value.fix == "--tolerance agreement=0.95,accuracy=0.01"
+def test_a_tolerance_that_is_malformed_or_does_not_loosen_is_refused() -> None:
+    for text in ("much", "agreement", "agreement=", "agreement=x", "agreement=-1", "agreement=1.1", "relative=nan"):
+        with pytest.raises(UserError, match="--tolerance") as refused:
+            tolerance_of("fp32", text)
+        assert refused.value.fix == "--tolerance agreement=0.95,accuracy=0.01"
+    tighter = {"relative=1e-5": "fp32", "relative=1": "fp16", "agreement=0.999": "fp16", "accuracy=0.001": "int8"}
+    for text, precision in tighter.items():
+        with pytest.raises(UserError, match=f"--tolerance {text} does not loosen the gate of {precision}"):
+            tolerance_of(precision, text)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("count", [1, 2, 7, 76, 77, 78, 200, 1000])
-def test_every_picture_and_every_batch_size(count: int) -> None:
-    found = list(batches(count))
-    rows = torch.cat(found).tolist()
-    sizes = [len(batch) for batch in found]
-    assert set(rows) == set(range(count))
-    assert sizes[:5] == list(BATCHES)
-    if count >= sum(BATCHES):
-        assert rows == list(range(count)), "once each"
-        assert set(sizes[:-1]) <= set(BATCHES)
+# -- which pictures
 
 
-def test_answers_come_back_in_the_order_of_the_pictures() -> None:
+def test_every_picture_comes_and_every_batch_size() -> None:
+    for count in (1, 2, 7, 76, 77, 78, 200, 1000):
+        found = list(batches(count))
+        rows, sizes = torch.cat(found).tolist(), [len(batch) for batch in found]
+        assert set(rows) == set(range(count))
+        assert sizes[:5] == list(BATCHES)
+        if count >= sum(BATCHES):
+            assert rows == list(range(count)), "once each"
+            assert set(sizes[:-1]) <= set(BATCHES)
+
+
+def test_outputs_come_back_in_the_order_of_the_pictures() -> None:
     """Small sets repeat pictures; large ones end in the middle of a turn."""
-    model = lively("vit")
+    live = Live(lively("vit"))
     for count in (5, 90):
         images_N1SS = torch.randint(0, 256, (count, 1, 48, 48), dtype=torch.uint8)
-        pictures = replace(labelled(count), images_N1SS=images_N1SS)
-        found = ask(Live(model), pictures)  # type: ignore[arg-type]
+        found = ask(live, replace(labelled(count), images_N1SS=images_N1SS))
         assert found.count == count
-        torch.testing.assert_close(found.by_picture(), Live(model).run(images_N1SS).logits_NK, atol=1e-5, rtol=0)
-
-
-# -- which data
+        torch.testing.assert_close(found.by_picture(), live.run(images_N1SS).logits_NK, atol=1e-5, rtol=0)
 
 
 def test_the_data_of_the_checkpoint() -> None:
@@ -200,39 +215,26 @@ def test_the_data_of_the_checkpoint() -> None:
 
 
 @pytest.mark.usefixtures("few_faces")
-@pytest.mark.parametrize("path", ["/nowhere/fer2013.csv", "~nobody-here/x", "a" * 5000, "x\0y"])
-def test_data_that_is_not_here(path: str) -> None:
-    """The embedded set, and accuracy says nothing; told, once."""
-    said: list[str] = []
-    settings = {"seed": 0, "data": {**SETTINGS["data"], "path": path}}
-    data = open_data(settings, SPEC, None, said.append)
-    assert not data.meaningful
-    assert len(said) == 1
-    assert "--data PATH" in said[0]
+def test_without_the_data_accuracy_is_not_meaningful() -> None:
+    """Drawn faces take its place, with one message."""
+    for path in ("/nowhere/fer2013.csv", "~nobody-here/x", "a" * 5000, "x\0y"):
+        said: list[str] = []
+        data = open_data({"seed": 0, "data": {**SETTINGS["data"], "path": path}}, SPEC, None, said.append)
+        assert not data.meaningful
+        assert len(said) == 1
+        assert "--data PATH" in said[0]
     assert not open_data({}, SPEC, None, said.append).meaningful, "an ONNX file without its JSON file"
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [
-        {"data": {"embedded_val": "999999999"}},
-        {"data": {"embedded_train": 10**9}},
-        {"data": {"path": 7}},
-        {"data": {"on_error": "explode"}},
-        {"data": {}, "seed": "x"},
-        {"data": {}, "seed": -1},
-        {"data": {}, "seed": [1]},
-    ],
-)
-def test_settings_of_a_stranger(settings: dict[str, object]) -> None:
-    with pytest.raises(UserError, match="the model's settings") as refused:
-        open_data(settings, SPEC, None, print)
-    assert refused.value.fix == "--data PATH"
-
-
-def test_settings_that_are_nothing() -> None:
+@pytest.mark.usefixtures("few_faces")
+def test_hostile_settings_are_refused() -> None:
+    values = ({"embedded_val": "999999999"}, {"embedded_train": 10**9}, {"path": 7}, {"on_error": "explode"})
+    for settings in (*({"data": one} for one in values), *({"data": {}, "seed": seed} for seed in ("x", -1, [1]))):
+        with pytest.raises(UserError, match="the model's settings") as refused:
+            open_data(settings, SPEC, None, print)
+        assert refused.value.fix == "--data PATH"
     data = open_data({"data": 5, "more": 1}, replace(SPEC, input=InputSpec(size=16, image_size=16)), None, print)
-    assert data.validation(3).images_N1SS.shape == (3, 1, 16, 16)
+    assert data.validation(3).images_N1SS.shape == (3, 1, 16, 16), "what is not a setting is left out"
 
 
 def test_drawn_faces_for_other_labels() -> None:
@@ -240,32 +242,3 @@ def test_drawn_faces_for_other_labels() -> None:
     data = open_data(SETTINGS, replace(SPEC, labels=LabelSet(names=("a", "b", "c"))), None, print)
     assert not data.meaningful
     assert set(data.validation().labels_N.tolist()) == {0, 1, 2}
-
-
-def test_answers_of_one_class_say_nothing_of_a_rewritten_graph() -> None:
-    """As where the pictures are not of the kind that a model knows: agreement of all is no proof."""
-    logits_NK = torch.randn(200, 7, generator=torch.Generator().manual_seed(0)) * 0.1
-    logits_NK[:, 3] += 9
-    for precision, passes in (("fp32", True), ("fp16", False), ("int8", False)):
-        report = report_of(answers(logits_NK), answers(logits_NK.clone()), tolerance_of(precision))  # type: ignore[arg-type]
-        assert report.passed == passes, report.reasons
-    loose = tolerance_of("fp16", "agreement=0")
-    assert report_of(answers(logits_NK), answers(logits_NK.clone()), loose).passed
-
-
-@pytest.mark.parametrize("precision", ["fp16", "int8"])
-def test_the_same_classes_with_other_probabilities(precision: str) -> None:
-    """Logits a twentieth as large: each class is right, and the probabilities are all of another model."""
-    logits_NK = 3 * torch.randn(500, 7, generator=torch.Generator().manual_seed(0))
-    report = report_of(answers(logits_NK), answers(logits_NK / 20), tolerance_of(precision))  # type: ignore[arg-type]
-    assert report.top1_agreement == 1
-    assert [reason for reason in report.reasons if "KL divergence" in reason]
-
-
-@pytest.mark.parametrize(
-    ("precision", "text"),
-    [("fp32", "relative=1e-5"), ("fp16", "relative=1"), ("fp16", "agreement=0.999"), ("int8", "accuracy=0.001")],
-)
-def test_a_tolerance_only_loosens(precision: str, text: str) -> None:
-    with pytest.raises(UserError, match=f"--tolerance {text} does not loosen the gate of {precision}"):
-        tolerance_of(precision, text)  # type: ignore[arg-type]

@@ -6,217 +6,182 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
 
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto
 
 from export import calibrate
 from export.calibrate import Ranges, clipped_by_entropy, clipped_by_percentile, histograms, tensor_ranges
 from export.precision import Form, Verdict, to_int8
 from export.rewrite import cpu_session, working_copy
 from fer_dist.serve.artifact import INPUT, read_onnx_metadata
+from tests.conftest import ROOT
+from tests.helpers.exporting import copied, graph_of
 from tests.helpers.onnx_graphs import (
     ARCHS,
+    FORMS,
+    Found,
     agreement,
     chain,
     check_batches,
     check_tensorrt,
-    copied,
-    graph_of,
+    constants,
     images,
+    int8_of,
     logits,
+    set_constant,
     weight_bytes,
 )
 
 SAMPLE = images(16)
-FORMS: tuple[Form, ...] = get_args(Form)
-
-
-@dataclass(frozen=True)
-class Found:
-    passed: bool
-    top1_agreement: float
-
-
-def content(model: onnx.ModelProto) -> Verdict:
-    """A judge that lets everything pass."""
-    return Found(True, 1.0)
 
 
 def stern(refused: int, agreements: tuple[float, ...] = ()) -> Callable[[onnx.ModelProto], Verdict]:
-    """A judge that refuses so many graphs, and claims these agreements."""
-    asked = 0
-
-    def judge(model: onnx.ModelProto) -> Verdict:
-        nonlocal asked
-        asked += 1
-        return Found(asked > refused, agreements[asked - 1] if asked <= len(agreements) else 0.5)
-
-    return judge
+    """A judge that refuses so many graphs, and claims these agreements, then 0.5."""
+    left, shares = iter([False] * refused), iter(agreements)
+    return lambda model: Found(next(left, True), next(shares, 0.5))
 
 
-@pytest.fixture(scope="module", params=[(arch, form) for arch in ARCHS for form in FORMS], ids=" ".join)
-def made(request: pytest.FixtureRequest) -> tuple[str, Form, onnx.ModelProto]:
-    arch, form = request.param
-    return arch, form, to_int8(graph_of(arch), SAMPLE, form=form, judge=content)[0]
-
-
-def test_same_answers(made: tuple[str, Form, onnx.ModelProto]) -> None:
-    arch, _, model = made
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_outputs_hardly_change(arch: str, form: Form) -> None:
+    model = int8_of(arch, form)[0]
     truth_NK, found_NK = logits(graph_of(arch), images(100)), logits(model, images(100))
     assert agreement(truth_NK, found_NK) >= 0.9  # random networks have many near ties
     assert 0 < np.abs(found_NK - truth_NK).mean() < 0.1 * truth_NK.std(axis=0).max()
     assert weight_bytes(model) < 0.5 * weight_bytes(graph_of(arch))
+    check_batches(model)
 
 
-def test_batch_is_free(made: tuple[str, Form, onnx.ModelProto]) -> None:
-    check_batches(made[2])
-
-
-def test_plain_onnx_and_told(made: tuple[str, Form, onnx.ModelProto]) -> None:
-    arch, form, model = made
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("arch", ARCHS)
+def test_all_layers_but_the_last_are_quantised(arch: str, form: Form) -> None:
+    """In plain ONNX, which TensorRT reads where it is in its form."""
+    model = int8_of(arch, form)[0]
     onnx.checker.check_model(model, full_check=True)
     assert {node.domain for node in model.graph.node} | {entry.domain for entry in model.opset_import} == {""}
     properties = {entry.key: entry.value for entry in model.metadata_props}
     assert read_onnx_metadata(properties)[1] == form
-    given = {entry.key: entry.value for entry in graph_of(arch).metadata_props}
-    assert properties.keys() == given.keys()
+    assert properties.keys() == {entry.key for entry in graph_of(arch).metadata_props}
     assert model.producer_name == graph_of(arch).producer_name
-
-
-def test_what_is_quantised(made: tuple[str, Form, onnx.ModelProto]) -> None:
-    _, form, model = made
-    zeros = {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+    stored = constants(model)
     quantising = [node for node in model.graph.node if node.op_type == "QuantizeLinear"]
     makers = {name: node for node in model.graph.node for name in node.output}
-    points = [zeros[node.input[2]] for node in quantising]
+    points = [stored[node.input[2]] for node in quantising]
     assert {point.dtype for point in points} == {np.dtype(np.int8 if form == "int8" else np.uint8)}
     assert all(point == 0 for point in points) == (form == "int8")
     layers = [node for node in model.graph.node if node.op_type in ("Conv", "Gemm", "MatMul")]
     int8 = [n for n in layers if n.input[1] in makers and makers[n.input[1]].op_type == "DequantizeLinear"]
-    constant = [n for n in layers if n in int8 or n.input[1] in zeros]
+    constant = [n for n in layers if n in int8 or n.input[1] in stored]
     assert [node.output[0] for node in constant if node not in int8] == ["logits"]
     assert all(makers[node.input[0]].op_type == "DequantizeLinear" for node in int8)
-    scales = [zeros[makers[node.input[1]].input[1]] for node in int8]
+    scales = [stored[makers[node.input[1]].input[1]] for node in int8]
     assert all(scale.ndim == 1 for scale in scales), "not per channel"
-    named = {node.input[0] for node in quantising}
-    assert not named & {"images", "_to_copy", "logits", "probabilities"}
     softmax = {name for node in model.graph.node if node.op_type == "Softmax" for name in node.output}
-    assert not named & softmax
-
-
-def test_tensorrt_reads_its_form(made: tuple[str, Form, onnx.ModelProto]) -> None:
-    if made[1] == "int8":
-        check_tensorrt(made[2])
+    assert not {node.input[0] for node in quantising} & {"images", "_to_copy", "logits", "probabilities", *softmax}
+    if form == "int8":
+        check_tensorrt(model)
 
 
 def test_the_first_that_passes() -> None:
-    _, told, calibration = to_int8(graph_of("patt_lite"), SAMPLE, form="int8", judge=content)
-    assert len(told) == 2
-    assert told[1] == "min-max ranges over 16 pictures: top-1 agreement 100.00%, passed"
+    _, notes, calibration = int8_of("patt_lite", "int8")
+    assert len(notes) == 2
+    assert notes[1] == "min-max ranges over 16 pictures: top-1 agreement 100.00%, passed"
     assert calibration == {"method": "min-max", "pictures": 16, "layers": 14, "left_out": []}
 
 
 def test_ladder() -> None:
+    """Ranges by three methods, then the best of them with more and more layers in float32, until one passes."""
     agreements = (0.5, 0.7, 0.6, 0.65, 0.9, 0.8, 0.85)
     starts = ("min-max ranges", "99.99% percentile ranges", "entropy ranges", *["99.99% percentile ranges"] * 4)
-    seen = set()
-    for refused in range(len(agreements) + 1):
-        judge = stern(refused, agreements)
-        model, told, calibration = to_int8(graph_of("patt_lite"), SAMPLE, form="int8.cpu", judge=judge)
-        attempts = told[1 : 1 + min(refused + 1, len(agreements))]
-        for line, start, share in zip(attempts, starts, agreements, strict=False):
+    left_out = (0, 0, 0, 1, 2, 4, 7)
+    for refused, method, chosen in ((2, "entropy", 2), (5, "percentile", 5), (7, "percentile", 4)):
+        seen: list[bytes] = []
+        verdicts = stern(refused, agreements)
+
+        def judge(model: onnx.ModelProto) -> Verdict:
+            seen.append(model.SerializeToString(deterministic=True))  # noqa: B023
+            return verdicts(model)  # noqa: B023
+
+        model, notes, calibration = to_int8(graph_of("patt_lite"), SAMPLE, form="int8.cpu", judge=judge)
+        attempts = notes[1 : 1 + len(seen)]
+        assert len(attempts) == len(set(seen)) == min(refused + 1, 7), "two attempts gave the same graph"
+        for line, start, share, count in zip(attempts, starts, agreements, left_out, strict=False):
             assert line.startswith(start)
             assert f"top-1 agreement {share:.2%}, " in line
+            assert (f", {count} of 14 layers left in float32 (" in line) == (count > 0)
         assert [line.endswith(", did not pass") for line in attempts] == [i < refused for i in range(len(attempts))]
-        assert len(told) == 1 + len(attempts) + (refused == len(agreements))
-        left = [0, 0, 0, 1, 2, 4, 7][refused] if refused < len(agreements) else 2
-        assert len(calibration["left_out"]) == left
-        assert calibration["layers"] == 14 - left
-        seen.add(model.SerializeToString(deterministic=True))
-    assert told[-1] == "none of these passed; this is the best, with 90.00%"
-    assert len(seen) == len(agreements), "two attempts gave the same graph"
-    assert calibration["method"] == "percentile"
+        assert model.SerializeToString(deterministic=True) == seen[chosen]
+        assert (calibration["method"], len(calibration["left_out"])) == (method, left_out[chosen])
+        assert calibration["layers"] == 14 - left_out[chosen]
+        best = ["none of these passed; this is the best, with 90.00%"] if refused == 7 else []
+        assert notes[1 + len(seen) :] == best
 
 
-def _with_an_outlier() -> onnx.ModelProto:
-    """The same function, but one channel before the last convolution is far larger than the others.
-
-    In int8 the others are nothing beside it.
-    """
-    model = copied(graph_of("patt_lite"))
-    tensors = {tensor.name.partition("patches.")[2]: tensor for tensor in model.graph.initializer}
-    for name, axis, factor in (
-        ("separable0.2.weight", 0, 3e3),
-        ("separable0.2.weight_bias", 0, 3e3),
-        ("pointwise.0.weight", 1, 1 / 3e3),
+def test_the_layer_that_hurts_is_left_out_first() -> None:
+    """One channel before the last convolution is far larger than the others, which int8 then rounds to nothing."""
+    model, plain_NK = copied(graph_of("patt_lite")), logits(graph_of("patt_lite"), images(60))
+    named = {name.partition("patches.")[2]: (name, values) for name, values in constants(model).items()}
+    for short, channel, factor in (
+        ("separable0.2.weight", np.s_[0], 3e3),
+        ("separable0.2.weight_bias", np.s_[0], 3e3),
+        ("pointwise.0.weight", np.s_[:, 0], 1 / 3e3),
     ):
-        values = numpy_helper.to_array(tensors[name]).copy()
-        values[(slice(None),) * axis + (0,)] *= np.float32(factor)
-        tensors[name].CopyFrom(numpy_helper.from_array(values, tensors[name].name))
-    return model
-
-
-def test_the_layer_that_hurts_goes_first() -> None:
-    model = _with_an_outlier()
-    truth_NK = logits(model, images(50))
-    np.testing.assert_allclose(truth_NK, logits(graph_of("patt_lite"), images(50)), atol=1e-4)
-    _, told, calibration = to_int8(model, SAMPLE, form="int8", judge=stern(3))
-    assert calibration["left_out"] == ["patches.pointwise.0.weight"], told
-
-
-def test_a_judge_that_measures() -> None:
-    """All methods fail by the channel that is too large; without its layer the rest may stay in int8."""
-    truth_NK = logits(_with_an_outlier(), images(60))
+        name, values = named[short][0], named[short][1].copy()
+        values[channel] *= np.float32(factor)
+        set_constant(model, name, values)
+    truth_NK = logits(model, images(60))
+    np.testing.assert_allclose(truth_NK, plain_NK, atol=1e-4)
 
     def judge(model: onnx.ModelProto) -> Verdict:
         found_NK = logits(model, images(60))
         error = float(np.abs(found_NK - truth_NK).mean() / truth_NK.std(axis=0).max())
         return Found(error < 0.06, agreement(found_NK, truth_NK))
 
-    model, told, calibration = to_int8(_with_an_outlier(), SAMPLE, form="int8", judge=judge)
-    assert judge(model).passed, told
-    assert len(told) == 5, told
+    made, notes, calibration = to_int8(model, SAMPLE, form="int8", judge=judge)
+    assert judge(made).passed, notes
+    assert len(notes) == 5, notes
     assert calibration["left_out"] == ["patches.pointwise.0.weight"]
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_the_same_bytes_everywhere(form: Form, tmp_path: Path) -> None:
-    given = tmp_path / "given.onnx"
-    onnx.save(graph_of("patt_lite"), given)
+def test_another_process_makes_the_same_bytes(tmp_path: Path) -> None:
+    """With another seed for the hashes of Python, which order its sets."""
+    onnx.save(graph_of("patt_lite"), tmp_path / "given.onnx")
     np.save(tmp_path / "pictures.npy", SAMPLE)
-    code = f"""
+    code = """
 import hashlib, numpy, onnx, types
 from export.int8 import to_int8
-asked = []
-def judge(model):
-    asked.append(model)
-    return types.SimpleNamespace(passed=len(asked) > 4, top1_agreement=0.5)
-made = to_int8(onnx.load({str(given)!r}), numpy.load({str(tmp_path / "pictures.npy")!r}), form={form!r}, judge=judge)
-print(hashlib.sha256(made[0].SerializeToString(deterministic=True)).hexdigest(), made[1:])
+for form, refused in (("int8", 4), ("int8.cpu", 2)):
+    judged = []
+    def judge(model):
+        judged.append(model)
+        return types.SimpleNamespace(passed=len(judged) > refused, top1_agreement=0.5)
+    made = to_int8(onnx.load("given.onnx"), numpy.load("pictures.npy"), form=form, judge=judge)
+    print(hashlib.sha256(made[0].SerializeToString(deterministic=True)).hexdigest(), made[1:])
 """
-    environment = os.environ | {"PYTHONHASHSEED": "17"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    model, *rest = to_int8(graph_of("patt_lite"), SAMPLE, form=form, judge=stern(4))
-    digest = hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
-    assert done.stdout.strip() == f"{digest} {tuple(rest)}"
-    assert done.stderr == ""
+    environment = os.environ | {"PYTHONHASHSEED": "17", "PYTHONPATH": str(ROOT)}
+    line = [sys.executable, "-c", code]
+    done = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True)
+    expected = ""
+    for form, refused in zip(FORMS, (4, 2), strict=True):
+        model, *rest = to_int8(graph_of("patt_lite"), SAMPLE, form=form, judge=stern(refused))
+        digest = hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
+        expected += f"{digest} {tuple(rest)}\n"
+    assert (done.stdout, done.stderr) == (expected, "")
 
 
 def test_silent_but_for_the_judge(capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
-    model, pixels = chain(np.eye(4, 8, dtype=np.float32), np.eye(8, 8, dtype=np.float32)), images(16)[:, :, :2, :2]
+    model, pixels = chain(np.eye(4, 8, dtype=np.float32), np.eye(8, 8, dtype=np.float32)), SAMPLE[:, :, :2, :2]
     model.graph.node[4].op_type = "Gemm"
     model.graph.node[4].input.append("hidden1")  # ONNX Runtime warns of a sum that is no constant
 
     def judge(model: onnx.ModelProto) -> Verdict:
         print("judging")
         logging.warning("judging")
-        return Found(True, 1.0)
+        return Found(True)
 
     before = logging.root.manager.disable
     to_int8(model, pixels, form="int8.cpu", judge=judge)
@@ -225,20 +190,16 @@ def test_silent_but_for_the_judge(capfd: pytest.CaptureFixture[str], caplog: pyt
     assert logging.root.manager.disable == before
 
 
-def test_nothing_to_quantise() -> None:
-    """The head stays in float32, and here there is nothing else."""
+def test_a_graph_with_one_layer_or_none() -> None:
+    """The head stays in float32. Of one layer there is no half to leave out."""
     with pytest.raises(ValueError, match="no layer"):
-        to_int8(chain(), np.zeros((4, 1, 2, 2), np.uint8), form="int8", judge=content)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_a_single_layer(form: Form) -> None:
-    """There is no half of it to leave out."""
-    model, pixels = chain(np.eye(4, 8, dtype=np.float32)), images(16)[:, :, :2, :2]
-    made, told, calibration = to_int8(model, pixels, form=form, judge=stern(9))
-    assert len(told) == 5
-    assert calibration["left_out"] == []
-    np.testing.assert_allclose(logits(made, pixels), logits(model, pixels), atol=0.02)
+        to_int8(chain(), np.zeros((4, 1, 2, 2), np.uint8), form="int8", judge=stern(0))
+    model, pixels = chain(np.eye(4, 8, dtype=np.float32)), SAMPLE[:, :, :2, :2]
+    for form in FORMS:
+        made, notes, calibration = to_int8(model, pixels, form=form, judge=stern(9))
+        assert len(notes) == 5
+        assert calibration["left_out"] == []
+        np.testing.assert_allclose(logits(made, pixels), logits(model, pixels), atol=0.02)
 
 
 def test_ranges_are_those_of_all_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -278,7 +239,7 @@ def test_percentile_and_entropy_cut_an_outlier() -> None:
     assert by_percentile["zero"] == by_entropy["zero"] == (0.0, 0.0)
 
 
-def test_entropy_is_not_fooled_by_zeros() -> None:
+def test_entropy_ignores_zeros() -> None:
     """After a Relu most values are zero, which says nothing about where to cut."""
     values = np.maximum(np.random.default_rng(0).normal(size=100_000) - 2, 0)
     counts = {"x": np.histogram(values, calibrate.BINS, range=(0, values.max()))[0]}

@@ -15,18 +15,20 @@ from fer_dist.serve.artifact import file_sha256
 from fer_dist.serve.runner import open_runner
 from fer_dist.spec import LabelSet
 from tests.conftest import ROOT
-from tests.helpers.exporting import command, content, exported, nothing_changes, saved
+from tests.helpers.exporting import command, exported, names, nothing_changes, saved
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """best.pth and best.onnx, and other.pth with another last layer."""
+    """best.pth and best.onnx, other.pth with another last layer, and faces.csv, a data set of nine pictures."""
     folder = tmp_path_factory.mktemp("parity")
     path = saved(folder, "vit")
     checkpoint = load(path)
     (folder / "best.onnx").write_bytes(exported(checkpoint.model(), file_sha256(path)).SerializeToString())
     changed = {name: value * (1.01 if "classifier" in name else 1) for name, value in checkpoint.weights.items()}
     save(folder / "other.pth", replace(checkpoint, weights=changed))
+    rows = "\n".join(f"{i % 7},{' '.join([str(i * 7)] * 48 * 48)},PublicTest" for i in range(9))
+    (folder / "faces.csv").write_text(f"emotion,pixels,Usage\n{rows}\n")
     return folder
 
 
@@ -42,46 +44,42 @@ def test_a_pair_that_is_the_same(folder: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_a_pair_that_is_not(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Another checkpoint is only told; that it is another function is the reason."""
-    assert command(main, folder / "best.onnx", folder / "other.pth") == EXIT_REJECTED
+    """Another checkpoint is only a message; that it is another function is the reason."""
+    pair = (folder / "best.onnx", folder / "other.pth")
+    assert command(main, *pair) == EXIT_REJECTED
     out, err = capsys.readouterr()
     assert "made from different checkpoints" in out
     assert "REJECTED: relative difference" in out
     assert err.startswith("rejected: ")
     assert "checkpoint" not in err.partition("relative")[2]
-    assert command(main, folder / "best.onnx", folder / "other.pth", "--tolerance", "relative=9,agreement=0,kl=9") == 0
+    assert command(main, *pair, "--tolerance", "relative=9,agreement=0,kl=9") == 0
     assert "loosened       relative=9, agreement=0, kl=9" in capsys.readouterr().out
 
 
 def test_other_labels(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In another order: a reason, however alike the numbers. Another count: nothing to compare."""
     checkpoint = load(folder / "best.pth")
-    spec = checkpoint.spec
-    renamed = replace(checkpoint, spec=replace(spec, labels=LabelSet(names=tuple(sorted(spec.labels.names)))))
-    save(tmp_path / "renamed.pth", renamed)
-    assert command(main, folder / "best.pth", tmp_path / "renamed.pth") == EXIT_REJECTED
-    assert "its labels are angry, disgust, fear, happy, neutral, sad, surprise" in capsys.readouterr().err
-    few = replace(spec, labels=LabelSet(names=("a", "b", "c")))
-    weights = {name: value[:3] if "classifier" in name else value for name, value in checkpoint.weights.items()}
-    save(tmp_path / "few.pth", replace(checkpoint, spec=few, weights=weights))
-    assert command(main, folder / "best.pth", tmp_path / "few.pth") == EXIT_REJECTED
-    assert "has 3 classes" in capsys.readouterr().err
+    few = {name: value[:3] if "classifier" in name else value for name, value in checkpoint.weights.items()}
+    for labels, weights, reason in (
+        (sorted(checkpoint.spec.labels.names), checkpoint.weights, "its labels are angry, disgust, fear, happy,"),
+        (["a", "b", "c"], few, "has 3 classes"),
+    ):
+        spec = replace(checkpoint.spec, labels=LabelSet(names=tuple(labels)))
+        save(tmp_path / "renamed.pth", replace(checkpoint, spec=spec, weights=weights))
+        assert command(main, folder / "best.pth", tmp_path / "renamed.pth") == EXIT_REJECTED
+        assert reason in capsys.readouterr().err
 
 
-def test_the_command_with_data(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_with_data(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """--data and --limit; what is not there is a UserError, once."""
-    rows = "\n".join(f"{i % 7},{' '.join([str(i * 7)] * 48 * 48)},PublicTest" for i in range(9))
-    (tmp_path / "faces.csv").write_text(f"emotion,pixels,Usage\n{rows}\n")
-    words = [folder / "best.pth", folder / "best.onnx", "--data", tmp_path / "faces.csv"]
+    words = [folder / "best.pth", folder / "best.onnx", "--data", folder / "faces.csv"]
     assert command(main, *words, "--limit", 4) == 0
     assert "4 of 9, validation part of" in capsys.readouterr().out
     for wrong in (
-        [*words[:3], tmp_path / "nothing.csv"],
+        [*words[:3], folder / "nothing.csv"],
         [folder / "best.pth", folder / "best.gone"],
         [folder / "best.pth"],
-        [*words, "--limit", "0"],
-        [*words, "--tolerance", "x=1"],
-        [*words, "--unknown"],
+        *([*words, *more] for more in (["--limit", "0"], ["--tolerance", "x=1"], ["--unknown"])),
     ):
         assert command(main, *wrong) == EXIT_USER_ERROR
         out, err = capsys.readouterr()
@@ -91,30 +89,33 @@ def test_the_command_with_data(folder: Path, tmp_path: Path, capsys: pytest.Capt
 
 
 @pytest.mark.usefixtures("few_faces")
-def test_without_its_checkpoint_an_onnx_file_has_no_data(
-    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_data_is_that_of_either_artifact(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """An ONNX file without its sidecar does not say on which data the model was judged."""
     shutil.copy(folder / "best.onnx", tmp_path)
-    assert command(main, tmp_path / "best.onnx", folder / "best.pth", "--limit", 3) == 0  # the other one has some
+    assert command(main, tmp_path / "best.onnx", folder / "best.pth", "--limit", 3) == 0
     assert "not meaningful" not in capsys.readouterr().out
     assert command(main, tmp_path / "best.onnx", tmp_path / "best.onnx", "--limit", 3) == 0
     assert "not meaningful: these are not the pictures that the model was made for" in capsys.readouterr().out
-    assert sorted(content(tmp_path)) == ["best.onnx"]
+    assert names(tmp_path) == ["best.onnx"]
 
 
-@pytest.mark.parametrize("module", ["export.parity", "export.onnx", "export.trt"])
-def test_help_answers_at_once(module: str) -> None:
-    """Without torch, onnx or TensorRT."""
-    code = (
-        f"import sys, runpy; sys.argv = ['x', '--help']\n"
-        f"try: runpy.run_module('{module}', run_name='__main__')\n"
-        f"except SystemExit as left: print('left', left.code)\n"
-        f"print(sorted(set(sys.modules) & {{'torch', 'onnx', 'numpy', 'tensorrt', 'tensorrt_rtx', 'onnxruntime'}}))"
-    )
+def test_help_needs_no_heavy_package() -> None:
+    """Not torch, onnx or TensorRT: so it takes no time."""
+    code = """
+import runpy, sys
+sys.argv = ["x", "--help"]
+for name in ("parity", "onnx", "trt"):
+    try:
+        runpy.run_module(f"export.{name}", run_name="__main__")
+    except SystemExit as left:
+        print("left", left.code)
+print(sorted(set(sys.modules) & {"torch", "onnx", "numpy", "tensorrt", "tensorrt_rtx", "onnxruntime"}))
+"""
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert done.stdout.startswith(f"usage: python -m {module} ")
-    assert done.stdout.endswith("left 0\n[]\n")
-    assert "--tolerance TEXT" in done.stdout
+    for name in ("parity", "onnx", "trt"):
+        assert f"usage: python -m export.{name} " in done.stdout
+    assert done.stdout.count("left 0\n") == done.stdout.count("  --tolerance TEXT") == 3
+    assert done.stdout.endswith("[]\n")
 
 
 def test_runners_are_closed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,12 @@
-"""Files of tensors that would run code: refused at every place that loads one, and nothing of them runs.
+"""Files of tensors that would run code or fill the memory: refused by the one reader, which every place uses.
 
-To add a place (predict), add a line to PLACES.
+To add a place that loads a file, add a line to PLACES.
 """
 
 import hashlib
+import io
 import json
 import pickle
-import time
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext, suppress
@@ -38,87 +38,103 @@ from fer_dist.serve.runner import open_runner
 from fer_dist.spec import LabelSet
 from fer_dist.tensors import NotTensors, read_tensors
 from fer_dist.world import World
-from tests.helpers.malicious_pickles import ATTACKS, Attack, around, benign, called, whole
-from tests.helpers.memory_meter import Meter
-from tests.helpers.tensor_bombs import BOMBS, doubled, item, number
+from tests.helpers.malicious_pickles import ATTACKS, EVIL_NAMES, INERT, around, benign, called, whole
+from tests.helpers.memory_meter import read_within
+from tests.helpers.tensor_bombs import BODIES, FILES, make_bomb, number
 from tests.helpers.tiny_models import tiny_config
 
-SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+# -- the reader
 
 
-def plainly(path: Path) -> None:
-    """The reader itself, which leaves it to others to say what to do."""
-    try:
-        read_tensors(path)
-    except NotTensors as error:
-        raise UserError(str(error), "(up to the caller)") from None
+@pytest.mark.parametrize("kind", ATTACKS)
+def test_an_attack_is_refused_before_torch_loads_it(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loaded plainly, the same file acts: its refusal means something."""
+    make, reason = ATTACKS[kind]
+    trace, path = tmp_path / "trace", tmp_path / "weights.pth"
+    with warnings.catch_warnings(action="ignore"):  # of members that are there twice, of TorchScript
+        path.write_bytes(make(trace))
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was loaded"))
+        with pytest.raises(NotTensors, match=reason) as caught:
+            read_tensors(path)
+    assert len(str(caught.value).splitlines()) == 1
+    assert not trace.exists()
+    with warnings.catch_warnings(action="ignore"):
+        with suppress(Exception):  # some fail after they have acted
+            torch.load(path, weights_only=False)
+        with suppress(Exception):
+            pickle.loads(path.read_bytes())
+    assert trace.exists() == (kind not in INERT)
 
 
-def weights_of(arch: str, weights: Path, **options: Any) -> None:
+def test_names_that_tensors_do_not_need_are_refused(tmp_path: Path) -> None:
+    for name in EVIL_NAMES:
+        (tmp_path / "x.pth").write_bytes(around(whole(called(name))))
+        with pytest.raises(NotTensors, match=f"it names {name.replace(' ', '.')}, which tensors do not need"):
+            read_tensors(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("kind", [*BODIES, *FILES])
+def test_a_bomb_takes_neither_memory_nor_time(kind: str, tmp_path: Path) -> None:
+    raw, reason = make_bomb(kind)
+    (tmp_path / "weights.pth").write_bytes(raw)
+    read_within("tensors", tmp_path / "weights.pth", reason, max_mib=128, max_seconds=10)
+
+
+# -- the places that use it
+
+
+def weights_of(arch: str, weights: Path) -> None:
     """`--model.weights` of a training."""
-    config = tiny_config(arch, weights=str(weights), **options)
-    build_model(config.model, 48, LabelSet())
-
-
-def started_from(path: Path) -> None:
-    """`--model.weights` of a training, where the file says that it is a checkpoint of ours."""
-    starting_model(tiny_config("patt_lite", weights=str(path)).model, 48, LabelSet(), print)
+    build_model(tiny_config(arch, weights=str(weights)).model, 48, LabelSet())
 
 
 def vit_folder(path: Path, name: str) -> None:
     """The file inside of a folder of save_pretrained, as `name`."""
-    folder = path.with_name("folder")
+    folder = path.with_name(f"folder {path.stem}")
     folder.mkdir()
     (folder / name).write_bytes(path.read_bytes())
-    (folder / "config.json").write_text(json.dumps(SIZES | {"model_type": "vit", "image_size": 64, "patch_size": 16}))
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    (folder / "config.json").write_text(json.dumps(sizes | {"model_type": "vit", "image_size": 64, "patch_size": 16}))
     if name.startswith("shard"):
         (folder / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": {"weight": name}}))
     config = Config().override({"model.arch": "vit", "model.weights": str(folder)})
     build_model(config.model, 48, LabelSet())
 
 
-def seal(path: Path) -> None:
-    """Give a file a checksum that is right."""
-    raw = path.read_bytes()
-    if raw.startswith(b"PK"):
-        raw = raw[:-2] + SEAL_BYTES.to_bytes(2, "little")
-    path.write_bytes(raw + SEAL + hashlib.sha256(raw).hexdigest().encode())
+def sealed(work: Callable[[Path], object]) -> Callable[[Path], object]:
+    """Return a place that takes a checkpoint: its checksum is right, and nothing may be left next to it."""
+
+    def place(path: Path) -> None:
+        raw = path.read_bytes()
+        if raw.startswith(b"PK"):
+            raw = raw[:-2] + SEAL_BYTES.to_bytes(2, "little")
+        path.write_bytes(raw + SEAL + hashlib.sha256(raw).hexdigest().encode())
+        before = set(path.parent.iterdir())
+        try:
+            work(path)
+        finally:
+            assert set(path.parent.iterdir()) == before
+
+    return place
 
 
 def resumed(path: Path) -> None:
-    """The only checkpoint of a run folder that a run would go on from."""
-    seal(path)
-    folder = path.with_name("run") / "checkpoints"
-    folder.mkdir(parents=True)
-    path.rename(folder / "step-00000004.pth")
-    newest(folder.parent)
+    """The only checkpoint of a run folder that a run would resume from."""
+    (path.parent / "checkpoints").mkdir()
+    path = path.rename(path.parent / "checkpoints" / "step-00000004.pth")
+    try:
+        newest(path.parents[1])
+    finally:
+        path.rename(path.parents[1] / "weights.pth")
+        path.parent.rmdir()
 
 
 def described(path: Path) -> None:
     """`python -m fer_dist.checkpoint`."""
-    seal(path)
     found = describe(path)
     assert not found["valid"]
     raise UserError(found["reason"], "(up to the caller)")
-
-
-def sealed_checkpoint(path: Path) -> None:
-    """A checkpoint whose checksum is right."""
-    seal(path)
-    with pytest.raises(UserError) as caught:
-        load_checkpoint(path)
-    assert "checksum" not in caught.value.problem, "the seal is right, so something else must have refused it"
-    raise caught.value
-
-
-def sealed_for(path: Path, work: Callable[[], object]) -> None:
-    """A place that takes a checkpoint, whose checksum is right; nothing is left beside it."""
-    seal(path)
-    before = set(path.parent.iterdir())
-    try:
-        work()
-    finally:
-        assert set(path.parent.iterdir()) <= before | {path.with_name("trace")}
 
 
 def judged(path: Path) -> None:
@@ -126,137 +142,51 @@ def judged(path: Path) -> None:
     evaluate(Task(paths=(path,), split=VAL), World(), print, lambda title, total: nullcontext(lambda done: None))
 
 
-PLACES: dict[str, Callable[[Path], object]] = {
-    "read_tensors": plainly,
-    "read_tensors of .safetensors": lambda path: plainly(path.rename(path.with_suffix(".safetensors"))),
+PLACES: dict[str, Callable[[Path], Any]] = {
     "read_state": read_state,
     "patt_lite": lambda path: weights_of("patt_lite", path),
     "timm:resnet18": lambda path: weights_of("timm:resnet18", path),
     "vit, pytorch_model.bin": lambda path: vit_folder(path, "pytorch_model.bin"),
     "vit, model.safetensors": lambda path: vit_folder(path, "model.safetensors"),
     "vit, a shard": lambda path: vit_folder(path, "shard-1.bin"),
-    "checkpoint": load_checkpoint,
-    "sealed checkpoint": sealed_checkpoint,
-    "resume": resumed,
-    "fer_dist.checkpoint": described,
-    "model.weights, sealed": lambda path: sealed_for(path, lambda: started_from(path)),
-    "export": lambda path: sealed_for(path, lambda: export(Wish(path=path))),
-    "export.parity": lambda path: sealed_for(path, lambda: settings_of(path)),
-    "fer_dist.evaluate": lambda path: sealed_for(path, lambda: judged(path)),
-    "fer_dist.calibrate": lambda path: sealed_for(path, lambda: calibrate([str(path)])),
-    "fer_dist.predict": lambda path: sealed_for(path, lambda: predict(["picture.png", "--model", str(path)])),
-    "fer_dist.app": lambda path: sealed_for(path, lambda: app(["--no-browser", "--model", str(path)])),
-    "open_runner": lambda path: sealed_for(path, lambda: open_runner(path)),
+    "checkpoint": sealed(load_checkpoint),
+    "checkpoint.safetensors": lambda path: load_checkpoint(path.rename(path.with_suffix(".safetensors"))),
+    "resume": sealed(resumed),
+    "fer_dist.checkpoint": sealed(described),
+    "model.weights": sealed(
+        lambda path: starting_model(tiny_config("patt_lite", weights=str(path)).model, 48, LabelSet(), print)
+    ),
+    "export": sealed(lambda path: export(Wish(path=path))),
+    "export.parity": sealed(settings_of),
+    "fer_dist.evaluate": sealed(judged),
+    "fer_dist.calibrate": sealed(lambda path: calibrate([str(path)])),
+    "fer_dist.predict": sealed(lambda path: predict(["picture.png", "--model", str(path)])),
+    "fer_dist.app": sealed(lambda path: app(["--no-browser", "--model", str(path)])),
+    "open_runner": sealed(open_runner),
 }
 
 
-def made(attack: Attack, trace: Path) -> Path:
-    """The file of an attack beside its trace."""
-    path = trace.with_name("weights.pth")
-    with warnings.catch_warnings(action="ignore"):  # of names that are there twice, of TorchScript
-        path.write_bytes(attack.make(trace))
-    return path
-
-
 @pytest.mark.parametrize("place", PLACES)
-@pytest.mark.parametrize("kind", ATTACKS)
-def test_nothing_runs_at_any_place(kind: str, place: str, tmp_path: Path) -> None:
+def test_every_place_refuses_with_the_reason_of_the_reader(place: str, tmp_path: Path) -> None:
+    """Code in both formats, and what torch's own guard lets pass: that reason can only come from the reader."""
     trace = tmp_path / "trace"
-    path = made(ATTACKS[kind], trace)
-    with pytest.raises(UserError) as caught:
-        PLACES[place](path)
-    assert not trace.exists()
-    assert ATTACKS[kind].reason in caught.value.problem or place == "checkpoint"  # which looks at its checksum first
-    assert caught.value.fix
-    assert len(caught.value.problem.splitlines()) == 1
+    guarded = around(whole(called("builtins bytearray", number(2**10))))
+    assert len(torch.load(io.BytesIO(guarded), weights_only=True)) == 2**10
+    files = {"code": ATTACKS["in a state dict"][0](trace), "old": ATTACKS["old format"][0](trace), "guarded": guarded}
+    for name, raw in files.items():
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "weights.pth").write_bytes(raw)
+        with pytest.raises(UserError, match=r"it names .*, which tensors do not need") as caught:
+            PLACES[place](folder / "weights.pth")
+        assert not trace.exists()
+        assert caught.value.fix
+        assert len(caught.value.problem.splitlines()) == 1
 
 
-@pytest.mark.parametrize("kind", [kind for kind in ATTACKS if ATTACKS[kind].proof])
-def test_it_would_run_without_a_guard(kind: str, tmp_path: Path) -> None:
-    """The same file, loaded plainly, leaves its trace: its being refused means something."""
-    trace = tmp_path / "trace"
-    path = made(ATTACKS[kind], trace)
-    with suppress(Exception), warnings.catch_warnings(action="ignore"):  # some fail when they have acted
-        if ATTACKS[kind].proof == "pickle":
-            pickle.loads(path.read_bytes())
-        else:
-            torch.load(path, weights_only=False)
-    assert trace.exists()
-
-
-@pytest.mark.parametrize("place", ["read_tensors", "read_state"])
-def test_the_wall_stands_before_the_guard(place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With torch's own guard taken away, nothing of the corpus comes as far as torch.load."""
-    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was loaded"))
-    for index, attack in enumerate(ATTACKS.values()):
-        (tmp_path / str(index)).mkdir()
-        path = made(attack, tmp_path / str(index) / "trace")
-        with pytest.raises(UserError):
-            PLACES[place](path)
+def test_a_good_file_comes_to_torch_at_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "good.pth").write_bytes(benign())
+    assert read_state(tmp_path / "good.pth")["weight"].shape == (3, 4)
+    monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("it was loaded"))
     with pytest.raises(pytest.fail.Exception):
-        PLACES[place](tmp_path / "good.pth")
-
-
-# -- files that would take memory or time
-
-MOST_BYTES, MOST_SECONDS = 128 * 2**20, 10
-
-
-@pytest.fixture(scope="module")
-def usual(meter: Meter, tmp_path_factory: pytest.TempPathFactory) -> int:
-    """The memory that a good file takes."""
-    path = tmp_path_factory.mktemp("usual") / "weights.pth"
-    path.write_bytes(benign())
-    answer = meter.ask("tensors", path)
-    assert answer.error == ""
-    return answer.grown
-
-
-@pytest.mark.parametrize("kind", BOMBS)
-def test_a_bomb_takes_neither_memory_nor_time(kind: str, tmp_path: Path, meter: Meter, usual: int) -> None:
-    path = tmp_path / "weights.pth"
-    make, reason = BOMBS[kind]
-    path.write_bytes(make())
-    answer = meter.ask("tensors", path)
-    assert answer.error == "NotTensors", answer
-    assert reason in answer.problem
-    assert answer.grown - usual < MOST_BYTES, f"{answer.grown / 2**20:.0f} MiB against {usual / 2**20:.0f}"
-    assert answer.seconds < MOST_SECONDS
-
-
-@pytest.mark.parametrize("place", ["patt_lite", "vit, pytorch_model.bin", "sealed checkpoint"])
-@pytest.mark.parametrize("kind", BOMBS)
-def test_a_bomb_is_refused_at_every_place(kind: str, place: str, tmp_path: Path) -> None:
-    path = tmp_path / "weights.pth"
-    path.write_bytes(BOMBS[kind][0]())
-    with pytest.raises(UserError) as caught:
-        PLACES[place](path)
-    assert caught.value.fix
-
-
-def test_the_guard_alone_would_make_a_bytearray(tmp_path: Path) -> None:
-    """64 MiB from a kilobyte, with weights_only: `bytearray` is in torch's own list of harmless functions."""
-    path = tmp_path / "weights.pth"
-    path.write_bytes(around(whole(called("builtins bytearray", number(2**26)))))
-    assert path.stat().st_size < 2000
-    assert len(torch.load(path, weights_only=True)) == 2**26
-    with pytest.raises(NotTensors, match=r"it names builtins\.bytearray"):
-        read_tensors(path)
-
-
-def test_the_guard_alone_would_hash_for_years(tmp_path: Path) -> None:
-    """Each level of tuples doubles the time of the key's hash, which a tuple does not remember."""
-    path = tmp_path / "weights.pth"
-    path.write_bytes(around(item(b"N", key=doubled(18, b"\x86", b")"))))
-    start = time.perf_counter()
-    torch.load(path, weights_only=True)
-    short = time.perf_counter() - start
-    path.write_bytes(around(item(b"N", key=doubled(23, b"\x86", b")"))))
-    start = time.perf_counter()
-    torch.load(path, weights_only=True)
-    assert time.perf_counter() - start > 4 * short, "32 times as long, but for what both take"
-    start = time.perf_counter()
-    with pytest.raises(NotTensors, match="a key is of type tuple"):
-        read_tensors(path)
-    assert time.perf_counter() - start < short + 1
+        read_tensors(tmp_path / "good.pth")

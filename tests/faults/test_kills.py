@@ -1,7 +1,6 @@
-"""SIGKILL of any rank at any moment, inside of saves, too: started again, the run ends as the unbroken one.
+"""Kill any rank at any moment, inside saves too, and require that the restarted run ends as the unbroken one.
 
-The sweep of 100 moments is `pytest -m soak tests/faults/test_kills.py`; a few stand in the ordinary tests, four more
-behind `-m slow`.
+The sweep of 100 moments is `pytest -m soak tests/faults/test_kills.py`.
 """
 
 import json
@@ -20,6 +19,7 @@ from tests.helpers.fault_runs import FAULT, SAVE_EVERY, STEPS, Launch, begin, en
 from tests.helpers.processes import two_agents
 from tests.helpers.small_runs import starts, state_hash
 
+pytestmark = pytest.mark.slow
 Whole = Callable[[int, str], Launch]
 SLOW_S = 0.004
 """Of each event of a save in the sweep: a save takes half a second and more."""
@@ -64,25 +64,23 @@ MOMENTS: dict[str, tuple[int, dict[str, Any]]] = {
     "one of four in a step": (4, {"rank": 3, "step": 13, "after_s": 0.02}),
     "rank 0 of four after the rename": (4, {"rank": 0, "save": 8, "event": 121}),
 }
-LONG = ("rank 0 in a step of the last epoch", "one of four in a step")
-SLOW = pytest.mark.slow
 
 
-@pytest.mark.parametrize("moment", [pytest.param(name, marks=SLOW if name in LONG else ()) for name in MOMENTS])
+@pytest.mark.parametrize("moment", MOMENTS)
 def test_a_killed_run_ends_like_the_unbroken_one(moment: str, whole: Whole, tmp_path: Path) -> None:
     ranks, fault = MOMENTS[moment]
     broken = launch(tmp_path, ranks, {"signal": "SIGKILL", **fault}, slow_s=SLOW_S)
     require_survived(broken, whole(ranks, "patt_lite"))
 
 
-@pytest.mark.parametrize("arch", ["vit", pytest.param("vit_mae", marks=SLOW)])
+@pytest.mark.parametrize("arch", ["vit", "vit_mae"])
 def test_each_architecture_on_four_ranks(arch: str, whole: Whole, tmp_path: Path) -> None:
     """DDP's groups of gradients: with two ranks any order of adding gives the same bits, with four it does not."""
     broken = launch(tmp_path, 4, {"signal": "SIGKILL", "rank": 2, "step": 10, "after_s": 0.01}, arch=arch)
     require_survived(broken, whole(4, arch))
 
 
-@pytest.mark.parametrize("node", [0, pytest.param(1, marks=SLOW)])
+@pytest.mark.parametrize("node", [0, 1])
 def test_a_rank_of_another_node_is_killed(node: int, whole: Whole, tmp_path: Path) -> None:
     """Two torchruns, as on two nodes, and no name for the run: the one that has lost no rank counts no restart."""
     fault = {"rank": node, "signal": "SIGKILL", "step": 10, "after_s": 0.01}

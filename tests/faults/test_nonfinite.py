@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from fer_dist.config import Config
 from fer_dist.engine import step, trainer
 from fer_dist.engine.checkpoint import load
 from fer_dist.engine.history import step_files
@@ -19,75 +18,68 @@ from tests.helpers.fault_runs import Launch, launch
 from tests.helpers.small_runs import no_pictures, plain_lines, stateful
 from tests.helpers.training import Rig, settings
 
-# -- several ranks, one of them spoilt
+# -- several ranks, rank 1 has a NaN
 
 
 @pytest.fixture(scope="module")
-def spoilt(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    """Two ranks; rank 1 has a NaN in its loss, in a gradient of its own, in its running statistics; later in a row."""
-    spoil = {"2": "loss", "5": "gradient", "10": "statistics", "11": "loss", "21": "gradient"}
+def faulty(tmp_path_factory: pytest.TempPathFactory) -> Launch:
+    """A NaN in the loss, in the gradient, in the running statistics; twice in a row, then three times."""
+    spoil = {"2": "loss", "5": "gradient", "10": "statistics", "11": "loss", "21": "gradient", "22": "loss"}
     return launch(
-        tmp_path_factory.mktemp("spoilt"),
+        tmp_path_factory.mktemp("faulty"),
         2,
-        {"rank": 1, "spoil": spoil},
-        settings={"train__max_skipped": 2, "run__progress": "plain"},
+        {"rank": 1, "spoil": spoil | {"23": "loss"}},
+        settings={"train__max_skipped": 2, "run__progress": "plain", "optim__schedule": "constant"},
         restarts=0,
     )
 
 
-def test_all_ranks_skip_and_count(spoilt: Launch) -> None:
-    spoilt.done.ok()
-    assert [line["skipped"] for line in plain_lines(spoilt.folder)] == [2, 4, 5]
-    assert "step 3 had a NaN or infinity in the loss on rank 1, lr 0.001, samples " in spoilt.done.out
-    assert "step 6 had a NaN or infinity in the gradient on rank 0, 1," in spoilt.done.out, (
-        "the gradient is everybody's"
-    )
-    assert "step 12 had a NaN or infinity in the loss on rank 1" in spoilt.done.out
-    assert ": skipped, 2 in a row" in spoilt.done.out
+def test_all_ranks_skip_and_count(faulty: Launch) -> None:
+    assert [line["skipped"] for line in plain_lines(faulty.folder)] == [2, 4]
+    out = faulty.done.out
+    assert "step 3 had a NaN or infinity in the loss on rank 1, lr 0.001, samples " in out
+    assert "step 6 had a NaN or infinity in the gradient on rank 0, 1," in out, "DDP shares the gradient"
+    assert "step 12 had a NaN or infinity in the loss on rank 1" in out
+    assert ": skipped, 2 in a row" in out
 
 
-def test_all_ranks_stay_alike(spoilt: Launch) -> None:
+def test_all_ranks_stay_alike(faulty: Launch) -> None:
     """Weights, running statistics and EMA at each save."""
-    ranks = [spoilt.lines(f"digests-{rank}.jsonl") for rank in range(2)]
-    assert len(ranks[0]) == 9
+    ranks = [faulty.lines(f"digests-{rank}.jsonl") for rank in range(2)]
+    assert len(ranks[0]) == 7
     assert ranks[0] == ranks[1]
 
 
-def test_nothing_of_it_is_saved(spoilt: Launch) -> None:
-    for path in (*step_files(spoilt.folder), spoilt.folder / "best.pth"):
+def test_nothing_of_it_is_saved(faulty: Launch) -> None:
+    for path in (*step_files(faulty.folder), faulty.folder / "best.pth"):
         checkpoint = load(path)
-        state = checkpoint.resume.get("optimizer", {}).get("state", {})
         tensors = [*checkpoint.weights.values(), *checkpoint.resume.get("model", {}).values()]
-        tensors += [value for moments in state.values() for value in moments.values()]
+        for moments in checkpoint.resume.get("optimizer", {}).get("state", {}).values():
+            tensors += moments.values()
         assert all(bool(torch.isfinite(value).all()) for value in tensors)
-    assert load(spoilt.folder / "last.pth").resume["losses"] == []
+    assert load(faulty.folder / "last.pth").resume["step"] == 20
 
 
-def test_too_many_in_a_row_end_the_run(tmp_path: Path) -> None:
-    spoil = {str(number): "loss" for number in (3, 5, 6, 7)}
-    ended = launch(tmp_path, 2, {"rank": 1, "spoil": spoil}, settings={"train__max_skipped": 2}, restarts=0)
-    assert ended.done.code == 1, "torchrun's own"
-    told = json.loads((ended.folder / "nonfinite.json").read_text())
-    assert (told["step"], told["lr"], told["skipped_in_row"]) == (8, 1e-3, 3)
-    assert [rank["loss"] for rank in told["ranks"]][1] == "inf"
-    rows = next(line["rows"] for line in ended.lines("ledger-1.jsonl") if line["step"] == 7)
-    assert told["ranks"][1]["samples"] == rows
-    named = ", ".join(f"{row} ({name})" for row, name in zip(rows, told["ranks"][1]["names"], strict=True))
-    assert (
-        f"error: 3 steps in a row (train.max_skipped 2): step 8 had a NaN or infinity in the loss on rank 1, lr 0.001, "
-        f"samples {named}\n  -> a lower --optim.lr, or --optim.clip_norm 1; "
-        f"all samples are in {ended.folder}/nonfinite.json"
-    ) in ended.done.err
-    assert ended.done.err.count("error: 3 steps") == 1
-    assert "exitcode  : 2 " in ended.done.err
-    assert load(ended.folder / "last.pth").resume["step"] == 4
+def test_too_many_in_a_row_end_the_run(faulty: Launch) -> None:
+    assert faulty.done.code == 1, "torchrun's own"
+    report = json.loads((faulty.folder / "nonfinite.json").read_text())
+    assert (report["step"], report["lr"], report["skipped_in_row"]) == (24, 1e-3, 3)
+    assert [rank["loss"] for rank in report["ranks"]][1] == "inf"
+    rows = next(line["rows"] for line in faulty.lines("ledger-1.jsonl") if line["step"] == 23)
+    assert report["ranks"][1]["samples"] == rows
+    named = ", ".join(f"{row} ({name})" for row, name in zip(rows, report["ranks"][1]["names"], strict=True))
+    error = "error: 3 steps in a row (train.max_skipped 2): step 24 had a NaN or infinity in the loss on rank 1, lr "
+    error += f"0.001, samples {named}\n  -> a lower --optim.lr, or --optim.clip_norm 1; all samples are in "
+    assert f"{error}{faulty.folder}/nonfinite.json" in faulty.done.err
+    assert faulty.done.err.count("error: 3 steps") == 1
+    assert "exitcode  : 2 " in faulty.done.err
 
 
 # -- one rank, by hand
 
 
-def moments(rig: Rig) -> dict[str, Tensor]:
-    """Everything that a step may move: weights, buffers, EMA, the optimizer's moments."""
+def moving(rig: Rig) -> dict[str, Tensor]:
+    """Return everything that a step may move: weights, buffers, EMA, the optimizer's moments."""
     found = {f"live {name}": value for name, value in rig.state.model.state_dict().items()}
     assert rig.state.ema
     found |= {f"average {name}": value for name, value in rig.state.ema.model.state_dict().items()}
@@ -96,32 +88,39 @@ def moments(rig: Rig) -> dict[str, Tensor]:
     return {name: value.clone() for name, value in found.items() if "num_batches_tracked" not in name}
 
 
-@pytest.mark.parametrize("what", ["loss", "infinite loss", "gradient", "statistics"])
-@pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_a_skipped_step_moves_nothing(what: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    rig = Rig(settings(train__ema=0.9, optim__name=name, optim__clip_norm=1.0))
-    rig.step()
-    before, backward = moments(rig), step.backward
+def inject(monkeypatch: pytest.MonkeyPatch, what: str) -> None:
+    """Put a NaN or an infinity into every backward pass until `monkeypatch.undo`."""
+    backward = step.backward
 
-    def spoils(config: Config, state: Any, batch: Any, world: Any) -> Tensor:
-        loss = backward(config, state, batch, world)
+    def faulty(config: Any, state: Any, *rest: Any) -> Tensor:
+        loss = backward(config, state, *rest)
         if what == "gradient":
-            state.optimizer.param_groups[0]["params"][0].grad.fill_(float("inf"))
+            state.optimizer.param_groups[0]["params"][0].grad.fill_(float("nan"))
         elif what == "statistics":
             state.running_stats[0][0] = float("inf")
         return loss * {"loss": float("nan"), "infinite loss": float("inf")}.get(what, 1.0)
 
-    monkeypatch.setattr(step, "backward", spoils)
+    monkeypatch.setattr(step, "backward", faulty)
+
+
+@pytest.mark.parametrize(
+    ("what", "name"), [("loss", "adamw"), ("infinite loss", "sgd"), ("gradient", "adamw"), ("statistics", "sgd")]
+)
+def test_a_skipped_step_moves_nothing(what: str, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    rig = Rig(settings(train__ema=0.9, optim__name=name, optim__clip_norm=1.0))
     rig.step()
-    after = moments(rig)
+    before = moving(rig)
+    inject(monkeypatch, what)
+    rig.step()
+    after = moving(rig)
     assert before.keys() == after.keys()
     assert all(torch.equal(before[key], after[key]) for key in before)
     assert (rig.state.step, rig.state.skipped, rig.state.skipped_in_row) == (2, 1, 1)
     assert rig.state.epoch_losses[1] is None
-    monkeypatch.setattr(step, "backward", backward)
+    monkeypatch.undo()
     rig.step()
     assert (rig.state.step, rig.state.skipped, rig.state.skipped_in_row) == (3, 1, 0)
-    assert any(not torch.equal(before[key], value) for key, value in moments(rig).items())
+    assert any(not torch.equal(before[key], value) for key, value in moving(rig).items())
 
 
 def test_an_overflow_of_float16_lowers_the_scale_and_is_counted_apart() -> None:
@@ -134,17 +133,9 @@ def test_an_overflow_of_float16_lowers_the_scale_and_is_counted_apart() -> None:
     assert rig.state.scaler.get_scale() == 2.0 ** (60 - rig.state.overflows)
 
 
-def test_a_nan_under_float16_is_no_overflow_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The scale falls to 1, which no gradient is too large for: from there on it counts."""
+def test_a_nan_under_float16_counts_once_the_scale_is_1(monkeypatch: pytest.MonkeyPatch) -> None:
     rig = Rig(settings(train__precision="float16"))
-    backward = step.backward
-
-    def spoils(config: Config, state: Any, batch: Any, world: Any) -> Tensor:
-        loss = backward(config, state, batch, world)
-        state.optimizer.param_groups[0]["params"][0].grad.fill_(float("nan"))
-        return loss
-
-    monkeypatch.setattr(step, "backward", spoils)
+    inject(monkeypatch, "gradient")
     for _ in range(20):
         rig.step()
     assert (rig.state.overflows, rig.state.skipped_in_row) == (16, 4), "2**16 halved sixteen times"
@@ -164,26 +155,22 @@ def test_overflows_are_in_the_log(
         (record,) = fit(config.override({"train.global_batch": 4})).records
     assert record["overflows"] > 0
     assert record["skipped"] == 0
-    told = capsys.readouterr().out
-    assert f"step 1 skipped: gradients over float16's range; the loss scale is now {2.0**39:g}" in told
+    message = f"step 1 skipped: gradients over float16's range; the loss scale is now {2.0**39:g}"
+    assert message in capsys.readouterr().out
 
 
-def test_an_epoch_of_nothing_but_skipped_steps(tmp_path: Path) -> None:
-    config = stateful(
-        "vit", tmp_path, optim__lr=1e30, optim__name="sgd", train__steps_per_epoch=2, train__max_skipped=9
-    )
-    config = config.override({"optim.clip_norm": 0.0, "train.ema": 0.0})
+def test_an_epoch_of_skipped_steps_ends_the_run(tmp_path: Path) -> None:
+    values = {"optim__name": "sgd", "optim__clip_norm": 0.0, "train__ema": 0.0, "train__steps_per_epoch": 2}
     with no_pictures(), pytest.raises(UserError, match=r"the (training|validation) loss is nan in epoch 1"):
-        fit(config)
+        fit(stateful("vit", tmp_path, optim__lr=1e30, train__max_skipped=9, **values))
     assert not (tmp_path / "run" / "best.pth").exists()
 
 
 def test_weights_that_are_no_longer_finite_are_not_saved(tmp_path: Path) -> None:
-    """Finite gradients, and a rate that makes infinities of the weights all the same."""
-    config = stateful("vit", tmp_path, optim__lr=1e30, optim__schedule="constant", train__max_skipped=99)
-    config = config.override({"train.save_every_steps": 1, "optim.weight_decay": 1e30})
+    """Finite gradients, and a rate that makes infinities of the weights."""
+    values = {"optim__schedule": "constant", "optim__weight_decay": 1e30, "train__save_every_steps": 1}
     with no_pictures(), pytest.raises(UserError, match=r"is not written: .* holds a NaN or an infinity") as caught:
-        fit(config)
+        fit(stateful("vit", tmp_path, optim__lr=1e30, train__max_skipped=99, **values))
     assert "--optim.lr" in caught.value.fix
     for path in step_files(tmp_path / "run"):
         load(path)

@@ -23,6 +23,7 @@ from fer_dist.world import World
 from tests.helpers.fault_runs import FAULT, Crash, Launch, launch
 from tests.helpers.processes import Process, start_by_hand
 from tests.helpers.small_runs import everything, no_pictures, same, stateful
+from tests.test_train import TINY
 
 TRAIN = ["-m", "fer_dist.train"]
 
@@ -53,7 +54,12 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     return found
 
 
-@pytest.mark.parametrize(("name", "rank"), [("SIGTERM", 1), ("SIGUSR1", 0), ("SIGINT", 1)])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize(
+    ("name", "rank"), [("SIGTERM", 1), pytest.param("SIGUSR1", 0, marks=SLOW), pytest.param("SIGINT", 1, marks=SLOW)]
+)
 def test_a_signal_to_one_rank_stops_all_at_one_step(name: str, rank: int, whole: Launch, tmp_path: Path) -> None:
     done = [process.wait() for process in ranks(tmp_path, {"rank": rank, "signal": name, "step": 9, "after_s": 0})]
     assert [one.code for one in done] == [EXIT_STOPPED, EXIT_STOPPED] == [75, 75]
@@ -70,6 +76,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(name: str, rank: int, whole:
         assert again.hash == whole.hash
 
 
+@SLOW
 def test_a_second_signal_does_not_disturb_the_save(whole: Launch, tmp_path: Path) -> None:
     """The launcher, SLURM and a person in a hurry: both ranks get more signals while rank 0 saves."""
     settings = {"train__save_every_steps": None}
@@ -117,6 +124,7 @@ def test_within_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert same(everything(result.folder / "last.pth"), everything(whole.folder / "last.pth"))
 
 
+@SLOW
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_rank_within_an_evaluation(rank: int, whole: Launch, tmp_path: Path) -> None:
     """It leaves its share, the other finishes its own: both stop there, and the evaluation is done again."""
@@ -129,6 +137,7 @@ def test_one_rank_within_an_evaluation(rank: int, whole: Launch, tmp_path: Path)
     assert again.hash == whole.hash
 
 
+@SLOW
 def test_a_dead_rank_is_not_waited_for(tmp_path: Path) -> None:
     """Rank 1 is killed, rank 0 told to stop, as torchrun does: it leaves at once and saves nothing."""
     started = ranks(tmp_path, {"rank": 1, "signal": "SIGKILL", "step": 9, "after_s": 0})
@@ -143,6 +152,7 @@ def test_a_dead_rank_is_not_waited_for(tmp_path: Path) -> None:
     assert step_of(tmp_path) == 8
 
 
+@SLOW
 def test_a_rank_that_hangs_is_not_waited_for(tmp_path: Path) -> None:
     """As with NCCL, where the death of a rank is silence: rank 1 stands still, and no signal handler runs in rank 0."""
     started = ranks(tmp_path, {"rank": 1, "signal": "SIGSTOP", "step": 9, "after_s": 0})
@@ -162,8 +172,7 @@ def test_a_rank_that_hangs_is_not_waited_for(tmp_path: Path) -> None:
 
 def test_one_process_as_a_person_starts_it(tmp_path: Path) -> None:
     """Ctrl-C in `python -m fer_dist.train`: saved, said how to go on, code 75; and what was said works."""
-    words = ["--data.embedded_train", "640", "--data.embedded_val", "70", "--train.global_batch", "16"]
-    words += ["--train.epochs", "3", "--run.dir", str(tmp_path / "runs"), "--train.device", "cpu"]
+    words = [*TINY, "--data.embedded_train", "1120", "--train.epochs", "2", "--run.dir", str(tmp_path / "runs")]
     process = Process([sys.executable, *TRAIN, *words, "--run.progress", "plain"], cwd=tmp_path)
     deadline = time.monotonic() + 120
     while not any(path.read_text() for path in tmp_path.glob("runs/*/metrics.jsonl")):

@@ -1,6 +1,6 @@
 """Small artifacts for tests: an ONNX graph by hand, a checkpoint with its export, an engine."""
 
-from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -26,29 +26,20 @@ from fer_dist.serve.artifact import (
 from fer_dist.spec import InputSpec, ModelSpec
 from tests.helpers.tiny_models import make_lively, pictures, tiny_model
 
-SIDE, CLASSES = 8, 7
+SIDE, CLASSES = 16, 7  # the smallest pictures that a data set may have
 SPEC = ModelSpec(arch="patt_lite", input=InputSpec(size=SIDE, image_size=SIDE))
 CHECKPOINT = "c" * 64
-
-
-def weights() -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-    """Of the graph below: float32 `[64, 7]` and `[7]`, the same at every call."""
-    generator = np.random.default_rng(0)
-    return (
-        generator.normal(size=(SIDE * SIDE, CLASSES)).astype(np.float32),
-        generator.normal(size=CLASSES).astype(np.float32),
-    )
+_WEIGHT = np.random.default_rng(0).normal(size=(SIDE * SIDE, CLASSES)).astype(np.float32)
+_BIAS = np.random.default_rng(1).normal(size=CLASSES).astype(np.float32)
 
 
 def expected_logits(images_N1SS: Tensor) -> Tensor:
-    """What the graph below answers."""
-    weight, bias = weights()
-    return images_N1SS.reshape(len(images_N1SS), -1).float() / 255 @ torch.from_numpy(weight) + torch.from_numpy(bias)
+    """Return the logits of `tiny_onnx`."""
+    return images_N1SS.reshape(len(images_N1SS), -1).float() / 255 @ torch.from_numpy(_WEIGHT) + torch.from_numpy(_BIAS)
 
 
 def tiny_onnx(precision: Precision = "fp32") -> ModelProto:
-    """One linear layer on 8 pixels, with everything that an ONNX file of ours has."""
-    weight, bias = weights()
+    """Return one linear layer on pictures of SIDE x SIDE pixels, with everything that an ONNX file of fer_dist has."""
     nodes = [
         helper.make_node("Cast", [INPUT], ["float"], to=TensorProto.FLOAT),
         helper.make_node("Reshape", ["float", "flat"], ["flattened"]),
@@ -57,11 +48,11 @@ def tiny_onnx(precision: Precision = "fp32") -> ModelProto:
         helper.make_node("Gemm", ["scaled" if precision == "fp32" else "precise", "weight", "bias"], [LOGITS]),
         helper.make_node("Softmax", [LOGITS], [PROBABILITIES], axis=1),
     ]
-    stored = {
+    stored: dict[str, Any] = {
         "flat": np.array([0, SIDE * SIDE], dtype=np.int64),
         "scale": np.float32(1 / 255),
-        "weight": weight,
-        "bias": bias,
+        "weight": _WEIGHT,
+        "bias": _BIAS,
     }
     if precision.startswith("int8"):
         stored["zero"] = np.uint8(0)
@@ -78,17 +69,18 @@ def tiny_onnx(precision: Precision = "fp32") -> ModelProto:
 
 
 def _in_precision(precision: Precision) -> list[NodeProto]:
-    """From `scaled` to `precise`: a pair of nodes that only a graph of that precision has."""
+    """Return nodes from `scaled` to `precise` that only a graph of that precision has."""
+    if precision == "fp32":
+        return []
     if precision == "fp16":
         half = helper.make_node("Cast", ["scaled"], ["half"], to=TensorProto.FLOAT16)
         return [half, helper.make_node("Cast", ["half"], ["precise"], to=TensorProto.FLOAT)]
-    if precision == "fp32":
-        return []
     whole = helper.make_node("QuantizeLinear", ["scaled", "scale", "zero"], ["whole"])
     return [whole, helper.make_node("DequantizeLinear", ["whole", "scale", "zero"], ["precise"])]
 
 
 def write(folder: Path, model: ModelProto, name: str = "tiny.onnx") -> Path:
+    """Write a graph as a file."""
     path = folder / name
     path.write_bytes(model.SerializeToString())
     return path
@@ -96,14 +88,20 @@ def write(folder: Path, model: ModelProto, name: str = "tiny.onnx") -> Path:
 
 def add(graph: GraphProto, *nodes: NodeProto, **stored: Any) -> None:
     """Put nodes before those of `tiny_onnx`, and arrays to what is stored."""
-    kept = [*nodes, *graph.node]
-    del graph.node[:]
-    graph.node.extend(kept)
+    for place, node in enumerate(nodes):
+        graph.node.insert(place, node)
     graph.initializer.extend(numpy_helper.from_array(np.asarray(value), name) for name, value in stored.items())
 
 
-class Both(nn.Module):
-    """A model whose second answer is the softmax of the first."""
+def external(tensor: TensorProto, location: str) -> None:
+    """Let a tensor lie in another file."""
+    tensor.raw_data = b""  # onnx wants to see that there were some
+    onnx.external_data_helper.set_external_data(tensor, location)
+    tensor.ClearField("raw_data")
+
+
+class _WithProbabilities(nn.Module):
+    """Return logits and their softmax."""
 
     def __init__(self, model: FaceModel) -> None:
         super().__init__()
@@ -114,15 +112,17 @@ class Both(nn.Module):
         return logits_NK, logits_NK.softmax(1)
 
 
-def trained(folder: Path) -> tuple[Path, Path]:
-    """A checkpoint of a tiny transformer, and the ONNX file of it as torch exports it."""
+def _tiny_vit() -> FaceModel:
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    model = make_lively(tiny_model("vit", options={**sizes, "patch_size": 16})).eval()
-    checkpoint, path = folder / "best.pth", folder / "best.onnx"
-    save(checkpoint, Checkpoint(spec=model.spec, weights=model.state_dict(), config={}, record={}, provenance={}))
+    return make_lively(tiny_model("vit", options={**sizes, "patch_size": 16})).eval()
+
+
+@cache  # the exporter takes seconds
+def _tiny_vit_onnx() -> ModelProto:
+    model = _tiny_vit()
     model.set_attn_implementation("eager")
     program = torch.onnx.export(
-        Both(model).eval(),
+        _WithProbabilities(model).eval(),
         (pictures(2),),
         dynamo=True,
         verbose=False,
@@ -134,14 +134,27 @@ def trained(folder: Path) -> tuple[Path, Path]:
     )
     assert program is not None
     graph: ModelProto = program.model_proto
-    properties = onnx_metadata(model.spec, precision="fp32", checkpoint_sha256=file_sha256(checkpoint))
+    return graph
+
+
+def saved(folder: Path, **fields: Any) -> Path:
+    """Write best.pth of a tiny transformer; `fields` replace `config` or `record` of the checkpoint."""
+    model, path = _tiny_vit(), folder / "best.pth"
+    empty: dict[str, Any] = {"config": {}, "record": {}, "provenance": {}}
+    save(path, Checkpoint(spec=model.spec, weights=model.state_dict(), **(empty | fields)))
+    return path
+
+
+def trained(folder: Path) -> tuple[Path, Path]:
+    """Write best.pth of a tiny transformer, and best.onnx as torch exports it."""
+    checkpoint, graph = saved(folder), _tiny_vit_onnx()
+    properties = onnx_metadata(_tiny_vit().spec, precision="fp32", checkpoint_sha256=file_sha256(checkpoint))
     helper.set_model_props(graph, properties)
-    path.write_bytes(graph.SerializeToString())
-    return checkpoint, path
+    return checkpoint, write(folder, graph, "best.onnx")
 
 
-def rtx_engine(trt: Any, folder: Path, change: Callable[[dict[str, Any]], object] = lambda values: None) -> Path:
-    """An engine of `tiny_onnx`, built without a GPU, with its sidecar."""
+def rtx_engine(trt: Any, folder: Path) -> Path:
+    """Build an engine of `tiny_onnx` with TensorRT for RTX, which needs no GPU, and write its sidecar."""
     logger = trt.Logger(trt.Logger.ERROR)
     builder = trt.Builder(logger)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -153,17 +166,15 @@ def rtx_engine(trt: Any, folder: Path, change: Callable[[dict[str, Any]], object
     config.add_optimization_profile(profile)
     raw = bytes(builder.build_serialized_network(network, config))
     built = {"backend": "rtx", "tensorrt_rtx": trt.__version__, "compute_capabilities": []}
-    return engine(folder, raw, change, built_with=built)
+    return engine(folder, raw, built_with=built)
 
 
-def engine(
-    folder: Path, raw: bytes, change: Callable[[dict[str, Any]], object] = lambda values: None, **values: Any
-) -> Path:
-    """Any bytes as an engine, with a sidecar that fits; `change` makes it fit no more."""
+def engine(folder: Path, raw: bytes, **values: Any) -> Path:
+    """Write any bytes as an engine, with a sidecar that fits unless `values` replace fields of it."""
     path = folder / "best.fp16.engine"
     path.write_bytes(raw)
     (folder / "best.onnx").touch()
-    fields = {
+    fields: dict[str, Any] = {
         "kind": "engine",
         "precision": "fp16",
         "spec": SPEC,
@@ -173,15 +184,6 @@ def engine(
         "checkpoint_sha256": CHECKPOINT,
         "parent": "best.onnx",
         "parent_sha256": "p" * 64,
-        **values,
     }
-    change(fields)
-    sidecar(path).write_bytes(sidecar_json(ExportedModel(**fields)))
+    sidecar(path).write_bytes(sidecar_json(ExportedModel(**(fields | values))))
     return path
-
-
-def external(tensor: TensorProto, location: str) -> None:
-    """Let a tensor lie in another file."""
-    tensor.raw_data = b""  # onnx wants to see that there were some
-    onnx.external_data_helper.set_external_data(tensor, location)
-    tensor.ClearField("raw_data")

@@ -15,7 +15,7 @@ from unittest import mock
 from fer_dist.config import Config
 from fer_dist.engine import step, trainer
 from fer_dist.engine.trainer import Result, fit
-from tests.helpers.processes import PATIENCE_S, TORCHRUN, WORKERS, Done, Process
+from tests.helpers.processes import TIMEOUT_S, TORCHRUN, WORKERS, Done, Process
 from tests.helpers.small_runs import everything, no_pictures, plain_lines, same, starts, state_hash
 
 FAULT = str(WORKERS / "fault_worker.py")
@@ -81,7 +81,7 @@ def launch(
     settings: dict[str, Any] | None = None,
     restarts: int = 1,
     slow_s: float = 0.0,
-    patience: float = PATIENCE_S,
+    patience: float = TIMEOUT_S,
 ) -> Launch:
     """Run the worker under torchrun, wait for its end, and look what outlives it."""
     process = begin(out, ranks, fault, arch=arch, settings=settings, restarts=restarts, slow_s=slow_s)
@@ -105,7 +105,7 @@ def begin(
     return Process([*TORCHRUN, *flags, *words], env={"SLOW_S": str(slow_s)})
 
 
-def end(out: Path, process: Process, patience: float = PATIENCE_S) -> Launch:
+def end(out: Path, process: Process, patience: float = TIMEOUT_S) -> Launch:
     """Wait for the end of a launch, and look what outlives it."""
     done = process.wait(patience)
     deadline = time.monotonic() + 5

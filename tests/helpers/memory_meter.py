@@ -1,119 +1,63 @@
-"""A process that reads hostile files, each in a child of its own, and tells what became of it, how long it took, and
-by how much the child's memory grew.
+"""Read a hostile file in a process of its own, and measure by how much its memory grows."""
 
-A child that grows beyond LIMIT_BYTES or takes too long ends, and the tests go on.
-"""
-
-import json
-import os
+import multiprocessing
 import resource
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, NamedTuple, Self
 
-from tests.conftest import ROOT
+from fer_dist.data.readers import read_faces
+from fer_dist.serve.photos import read_photo
+from fer_dist.spec import LabelSet
+from fer_dist.tensors import read_tensors
 
-LIMIT_BYTES = 6 * 2**30
+LIMIT_BYTES, LIMIT_S = 6 * 2**30, 20
+"""A process that takes more ends, and the tests continue."""
+READERS: dict[str, Callable[[Path], object]] = {
+    "tensors": read_tensors,
+    "faces": lambda path: len(read_faces(path, size=48, labels=LabelSet(), on_error="stop", ferplus=None)),
+    "photo": lambda path: read_photo(path).rgb_HW3.shape,
+}
+CONTEXT = multiprocessing.get_context("forkserver")
+CONTEXT.set_forkserver_preload(["pytest", "pyarrow.parquet", __name__])  # shared by its children: not a growth
 
 
-class Answer(NamedTuple):
-    """What became of a file.
+def read_within(reader: str, path: Path, expected: str, *, max_mib: int, max_seconds: float = 5) -> None:
+    """Read a file by one of READERS; require a result, in bounded memory and CPU time.
 
-    Attributes:
-        error: the name of the error's class; "" when it was read, "signal N" when the child died.
-        problem: the error's text, or that of the value.
-        grown: bytes by which the child's memory grew at most.
-        seconds: how long it took.
+    Args:
+        expected: a part of the error, or of `read: value`; "": it is read.
     """
-
-    error: str
-    problem: str
-    grown: int
-    seconds: float
-
-
-class Meter:
-    """Asks the process; use it in a `with`."""
-
-    def __enter__(self) -> Self:
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", __name__], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._process.communicate()
-
-    def ask(self, reader: str, path: Path, seconds: int = 20) -> Answer:
-        """Have a file read by one of READERS."""
-        assert self._process.stdin
-        assert self._process.stdout
-        print(json.dumps([reader, str(path), seconds]), file=self._process.stdin, flush=True)
-        return Answer(*json.loads(self._process.stdout.readline()))
+    receiver, sender = CONTEXT.Pipe(duplex=False)
+    process = CONTEXT.Process(target=_measure, args=(sender, reader, path))
+    process.start()
+    sender.close()
+    try:
+        outcome, grown, seconds = receiver.recv()
+    except EOFError:
+        process.join()
+        raise AssertionError(f"{path}: the process ended with {process.exitcode}") from None
+    process.join()
+    assert grown < max_mib * 2**20, f"{path}: {grown / 2**20:.0f} MiB: {outcome}"
+    assert seconds < max_seconds, f"{path}: {seconds:.1f} s: {outcome}"
+    assert outcome.startswith(("read: ", "UserError: ", "NotTensors: "))
+    assert (expected or "read: ") in outcome
 
 
-def _tensors(path: Path) -> object:
-    from fer_dist.tensors import read_tensors
-
-    return read_tensors(path)
-
-
-def _faces(path: Path) -> object:
-    from fer_dist.data.readers import read_faces
-    from fer_dist.spec import LabelSet
-
-    return len(read_faces(path, size=48, labels=LabelSet(), on_error="stop", ferplus=None))
-
-
-def _photo(path: Path) -> object:
-    from fer_dist.serve.photos import read_photo
-
-    return read_photo(path).rgb_HW3.shape
+def _measure(sender: Connection, reader: str, path: Path) -> None:
+    signal.alarm(20 * LIMIT_S)  # its default is to end the process; a busy machine takes longer than its CPU time
+    resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_S, LIMIT_S))
+    resource.setrlimit(resource.RLIMIT_AS, (_status_bytes("VmSize") + LIMIT_BYTES, -1))
+    before = _status_bytes("VmRSS")
+    try:
+        outcome = f"read: {READERS[reader](path)}"
+    except BaseException as error:
+        outcome = f"{type(error).__name__}: {error}"
+    sender.send((outcome[:2000], _status_bytes("VmHWM") - before, time.process_time()))
 
 
-READERS: dict[str, Callable[[Path], object]] = {"tensors": _tensors, "faces": _faces, "photo": _photo}
-
-
-def _bytes(field: str) -> int:
+def _status_bytes(field: str) -> int:
     line = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(line.split()[1]) * 1024
-
-
-def _measured(reader: str, path: str, seconds: int) -> list[Any]:
-    signal.alarm(seconds)  # its default is to end the process
-    resource.setrlimit(resource.RLIMIT_AS, (_bytes("VmSize") + LIMIT_BYTES, -1))
-    before, start = _bytes("VmRSS"), time.monotonic()
-    try:
-        error, problem = "", str(READERS[reader](Path(path)))[:2000]
-    except BaseException as caught:
-        error, problem = type(caught).__name__, str(caught)[:2000]
-    return [error, problem, _bytes("VmHWM") - before, time.monotonic() - start]
-
-
-def _in_child(request: list[Any]) -> str:
-    """Forked: what the parent has imported is there at once, and is no part of the growth."""
-    back, forth = os.pipe()
-    child = os.fork()
-    if child == 0:
-        os.write(forth, json.dumps(_measured(*request)).encode())
-        os._exit(0)
-    os.close(forth)
-    with os.fdopen(back) as answer:
-        told = answer.read()
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    return told or json.dumps([f"signal {-code}", "", 0, 0])
-
-
-if __name__ == "__main__":
-    import pyarrow.parquet  # noqa: F401
-
-    import fer_dist.data.readers
-    import fer_dist.serve.photos
-    import fer_dist.tensors  # noqa: F401
-
-    for line in sys.stdin:
-        print(_in_child(json.loads(line)), flush=True)

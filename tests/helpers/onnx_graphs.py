@@ -1,7 +1,8 @@
-"""Small exported graphs for the tests of precision, each made once, and how to ask them."""
+"""Exported graphs in each precision, each made once per session, and what tests measure on them."""
 
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -9,28 +10,34 @@ import pytest
 from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
-from export.graph import to_onnx
+from export.precision import Form, to_float16, to_int8
 from export.rewrite import cpu_session
 from fer_dist.serve.artifact import ATTENTION, INPUT, LOGITS, PROBABILITIES
-from tests.helpers.tiny_models import make_lively, pictures, tiny_model
+from tests.helpers.exporting import graph_of
+from tests.helpers.tiny_models import pictures
 
 ARCHS = ("vit", "vit_mae", "patt_lite", "timm:convnext_atto")
-BATCHES = (1, 2, 3, 7)
+FORMS: tuple[Form, ...] = get_args(Form)
+
+
+@dataclass(frozen=True)
+class Found:
+    """The verdict of a judge in a test."""
+
+    passed: bool
+    top1_agreement: float = 1.0
 
 
 @cache
-def graph_of(arch: str) -> onnx.ModelProto:
-    """The float32 graph of a tiny network with lively logits; not to be changed."""
-    # The first blocks of MobileNetV2 will do: the exporter takes a second for each, and all are alike.
-    shorter = {"options": {"cut": 3, "width_mult": 0.25, "channels": 32}} if arch == "patt_lite" else {}
-    return to_onnx(make_lively(tiny_model(arch, **shorter)), "0" * 64)
+def half_of(arch: str) -> tuple[onnx.ModelProto, list[str]]:
+    """Rewrite `graph_of(arch)` in float16. The graph must not be changed."""
+    return to_float16(graph_of(arch), images(8))
 
 
-def copied(model: onnx.ModelProto) -> onnx.ModelProto:
-    """A copy that may be changed."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    return copy
+@cache
+def int8_of(arch: str, form: Form) -> tuple[onnx.ModelProto, list[str], dict[str, Any]]:
+    """Quantise `graph_of(arch)` at the first attempt. The graph must not be changed."""
+    return to_int8(graph_of(arch), images(16), form=form, judge=lambda candidate: Found(passed=True))
 
 
 def images(count: int) -> NDArray[np.uint8]:
@@ -53,9 +60,20 @@ def agreement(first_NK: NDArray[np.float32], second_NK: NDArray[np.float32]) -> 
     return float((first_NK.argmax(axis=1) == second_NK.argmax(axis=1)).mean())
 
 
+def constants(model: onnx.ModelProto) -> dict[str, NDArray[Any]]:
+    """Return the stored tensors of a graph by name."""
+    return {tensor.name: numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
+
+
 def weight_bytes(model: onnx.ModelProto) -> int:
     """Size of all constants; the rest of a tiny graph says nothing about a large one."""
-    return sum(numpy_helper.to_array(tensor).nbytes for tensor in model.graph.initializer)
+    return sum(values.nbytes for values in constants(model).values())
+
+
+def set_constant(model: onnx.ModelProto, name: str, values: NDArray[Any]) -> None:
+    """Replace a stored float32 tensor."""
+    (tensor,) = (tensor for tensor in model.graph.initializer if tensor.name == name)
+    tensor.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(values, np.float32), name))
 
 
 def types(model: onnx.ModelProto) -> dict[str, int]:
@@ -68,7 +86,7 @@ def types(model: onnx.ModelProto) -> dict[str, int]:
 def check_batches(model: onnx.ModelProto) -> None:
     """Raise AssertionError unless a picture gets the same answer in batches of 1, 2, 3 and 7."""
     session, together_NK = cpu_session(model), logits(model, images(7))
-    for count in BATCHES:
+    for count in (1, 2, 3, 7):
         (found_NK,) = session.run([LOGITS], {INPUT: images(7)[:count]})
         # In half precision other batches may add in another order.
         np.testing.assert_allclose(found_NK, together_NK[:count], atol=2e-3)
@@ -90,14 +108,14 @@ def check_tensorrt(model: onnx.ModelProto) -> None:
 def chain(*matrices: NDArray[np.float32]) -> onnx.ModelProto:
     """A graph with products by these matrices between pictures of 2 x 2 and the head."""
     width = matrices[-1].shape[1] if matrices else 4
-    constants = {"scale": np.array([1 / 255], np.float32), "head": np.eye(width, 7, dtype=np.float32)}
+    stored = {"scale": np.array([1 / 255], np.float32), "head": np.eye(width, 7, dtype=np.float32)}
     nodes = [
         helper.make_node("Cast", [INPUT], ["pixels"], to=TensorProto.FLOAT),
         helper.make_node("Mul", ["pixels", "scale"], ["scaled"]),
         helper.make_node("Flatten", ["scaled"], ["hidden0"]),
     ]
     for i, matrix in enumerate(matrices):
-        constants[f"matrix{i}"] = matrix
+        stored[f"matrix{i}"] = matrix
         nodes.append(helper.make_node("MatMul", [f"hidden{i}", f"matrix{i}"], [f"hidden{i + 1}"]))
     nodes.append(helper.make_node("MatMul", [f"hidden{len(matrices)}", "head"], [LOGITS]))
     nodes.append(helper.make_node("Softmax", [LOGITS], [PROBABILITIES]))
@@ -106,6 +124,6 @@ def chain(*matrices: NDArray[np.float32]) -> onnx.ModelProto:
         "chain",
         [helper.make_tensor_value_info(INPUT, TensorProto.UINT8, ["N", 1, 2, 2])],
         [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["N", 7]) for name in (LOGITS, PROBABILITIES)],
-        [numpy_helper.from_array(np.asarray(values, np.float32), name) for name, values in constants.items()],
+        [numpy_helper.from_array(np.asarray(values, np.float32), name) for name, values in stored.items()],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=10)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Self
 
 from tests.conftest import ROOT
-from tests.helpers.processes import PATIENCE_S
+from tests.helpers.processes import TIMEOUT_S
 
 TINY = (
     "--data.embedded_train", "140", "--data.embedded_val", "70", "--train.epochs", "3",
@@ -60,15 +60,15 @@ class Search:
 
     def until(self, seen: Callable[[str], bool]) -> None:
         """Wait for something in the output."""
-        deadline = time.monotonic() + PATIENCE_S
+        deadline = time.monotonic() + TIMEOUT_S
         while not seen(self.printed):
             assert self.process.poll() is None, f"the search ended too early:\n{self.printed}"
-            assert time.monotonic() < deadline, f"not seen within {PATIENCE_S:.0f} s:\n{self.printed}"
+            assert time.monotonic() < deadline, f"not seen within {TIMEOUT_S:.0f} s:\n{self.printed}"
             time.sleep(0.05)
 
     def wait(self) -> int:
         """Return the exit code when all output has been read."""
-        code = self.process.wait(PATIENCE_S)
+        code = self.process.wait(TIMEOUT_S)
         self._reader.join(30)
         return code
 

@@ -15,7 +15,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from tests.conftest import ROOT
-from tests.helpers.processes import PATIENCE_S
+from tests.helpers.processes import TIMEOUT_S
 
 NEEDED = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "munged")
 FREEZER = Path("/sys/fs/cgroup/freezer")
@@ -163,7 +163,7 @@ class Cluster:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=PATIENCE_S,
+            timeout=TIMEOUT_S,
             check=False,
         )
         assert not check or done.returncode == 0, f"{command}: {done.returncode}\n{done.stdout}"
@@ -255,7 +255,7 @@ class Job:
         path = Path(self.shown()["StdOut"])
         return path.read_text(errors="replace") if path.exists() else ""
 
-    def until(self, seen: Callable[[], object], what: str, limit_s: float = PATIENCE_S) -> None:
+    def until(self, seen: Callable[[], object], what: str, limit_s: float = TIMEOUT_S) -> None:
         """Wait for something."""
         deadline = time.monotonic() + limit_s
         while not seen():
@@ -270,7 +270,7 @@ class Job:
     def until_log(self, part: str) -> None:
         self.until(lambda: part in self.log, f"{part!r} in the log")
 
-    def end(self, limit_s: float = PATIENCE_S) -> dict[str, str]:
+    def end(self, limit_s: float = TIMEOUT_S) -> dict[str, str]:
         """Wait for its end, requeues included; what `scontrol show job` says then."""
         deadline = time.monotonic() + limit_s
         while (shown := self.shown())["JobState"] not in ENDED:
@@ -278,7 +278,7 @@ class Job:
             time.sleep(0.2)
         return shown
 
-    def done(self, limit_s: float = PATIENCE_S) -> str:
+    def done(self, limit_s: float = TIMEOUT_S) -> str:
         """Wait until it has completed; its log."""
         shown = self.end(limit_s)
         assert shown["JobState"] == "COMPLETED", self.told()

@@ -1,8 +1,7 @@
-"""The app as a process of its own, and pictures to show it."""
+"""Start the app as a process, and write pictures to show it."""
 
 import os
 import re
-import socket
 import subprocess
 import sys
 import time
@@ -14,31 +13,20 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tests.conftest import ROOT
+from tests.helpers.processes import ROOT, free_port
 from tests.helpers.synthetic_scenes import scene
 
 START_S = 120.0
 
 
-def free_port() -> int:
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        return int(taken.getsockname()[1])
-
-
 @contextmanager
 def served(model: Path, folder: Path, **environment: str) -> Iterator[str]:
-    """Run `python -m fer_dist.app` in a folder; its address."""
+    """Run `python -m fer_dist.app` in a folder; yields its address."""
     words = [sys.executable, "-m", "fer_dist.app", "--model", str(model), "--no-browser", "--port", str(free_port())]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
     log = folder / "app.log"
     with log.open("w") as file:
-        app = subprocess.Popen(
-            words,
-            cwd=folder,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
-        )
+        app = subprocess.Popen(words, cwd=folder, stdout=file, stderr=subprocess.STDOUT, env=environment)
     try:
         until = time.monotonic() + START_S
         while not (found := re.search(r"^(http://127\.0\.0\.1:\d+/)  ", log.read_text(), re.M)):
@@ -56,12 +44,12 @@ def served(model: Path, folder: Path, **environment: str) -> Iterator[str]:
 
 
 def pictures(folder: Path) -> Path:
-    """one.png, none.png, several.png, text.png (no picture), large.jpg (30 megapixels), giant.png (over the bound)."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Write one.png, none.png and several.png with faces, large.jpg (30 megapixels), giant.png (over the bound), and
+    text.png, which is not a picture."""
     Image.fromarray(scene([200], 1).rgb_HW3).save(folder / "one.png")
     Image.fromarray(scene([], 2).rgb_HW3).save(folder / "none.png")
     Image.fromarray(scene([140, 120, 100], 3, width=960, height=640).rgb_HW3).save(folder / "several.png")
-    (folder / "text.png").write_text("this is no picture")
+    (folder / "text.png").write_text("this is text")
     large = Image.fromarray(scene([200], 1).rgb_HW3).resize((6400, 4800), Image.Resampling.BILINEAR)
     large.save(folder / "large.jpg", quality=85)
     Image.new("L", (8000, 8000), 128).save(folder / "giant.png")
@@ -69,7 +57,7 @@ def pictures(folder: Path) -> Path:
 
 
 def write_y4m(path: Path, frames: list[NDArray[np.uint8]], rate: int = 15) -> None:
-    """Pictures, uint8 `[H, W, 3]`, of even sides as an uncompressed film that Chromium takes for a camera."""
+    """Write pictures, uint8 `[H, W, 3]` with even sides, as an uncompressed film that Chromium takes for a camera."""
     high, wide, _ = frames[0].shape
     with path.open("wb") as file:
         file.write(f"YUV4MPEG2 W{wide} H{high} F{rate}:1 Ip A1:1 C420jpeg\n".encode())

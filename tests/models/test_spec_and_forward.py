@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from fer_dist.config import Config
@@ -12,7 +13,15 @@ from fer_dist.errors import UserError
 from fer_dist.models import build, build_spec
 from fer_dist.models.base import Preprocess, unsmoothed
 from fer_dist.spec import IMAGENET_MEAN, IMAGENET_STD, InputSpec, LabelSet, ModelSpec
-from tests.helpers.tiny_models import ALL, TINY, make_lively, pictures, tiny_config, tiny_model
+from tests.helpers.tiny_models import (
+    ALL,
+    TINY,
+    check_batch_independence,
+    make_lively,
+    pictures,
+    tiny_config,
+    tiny_model,
+)
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -46,33 +55,31 @@ def test_full_size_networks() -> None:
 
 
 @pytest.mark.parametrize("arch", ALL)
-def test_spec_is_enough_to_build_it_again(arch: str) -> None:
-    model = make_lively(tiny_model(arch, dropout=0.1))
-    plain = json.loads(json.dumps(model.spec.to_dict()))
-    again = build(ModelSpec.from_dict(plain))
+def test_a_model_is_built_again_from_its_spec(arch: str) -> None:
+    model = make_lively(tiny_model(arch, dropout=0.5))
+    again = build(ModelSpec.from_dict(json.loads(json.dumps(model.spec.to_dict()))))
     assert again.spec == model.spec
     again.load_state_dict(model.state_dict())
     with torch.no_grad():
-        assert torch.equal(again.eval()(pictures(3)), model(pictures(3)))
-
-
-def test_random_weights_come_from_torchs_generator() -> None:
-    for arch in TINY:
-        first, second = tiny_model(arch).state_dict(), tiny_model(arch).state_dict()
-        assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-@pytest.mark.parametrize("arch", ALL)
-def test_uint8_and_float_give_the_same_logits(arch: str) -> None:
-    model = make_lively(tiny_model(arch))
-    with torch.no_grad():
-        assert torch.equal(model(pictures(2)), model(pictures(2).float()))
+        logits_NK = model(pictures(3))
+        assert torch.equal(again.eval()(pictures(3)), logits_NK)
+        assert torch.equal(model(pictures(3).float()), logits_NK), "uint8 and float pictures differ"
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.train()
+        model.network.training = True  # timm's own switch for dropout
+        assert not torch.allclose(logits_NK, model(pictures(3))), "the head has no dropout"
 
 
 @pytest.mark.parametrize("arch", TINY)
-def test_other_precisions(arch: str) -> None:
+def test_other_precisions_and_sizes(arch: str) -> None:
+    """The size of the stored pictures is free: the model brings them to its own."""
+    first, second = (tiny_model(arch).state_dict() for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first), "weights must come from torch's generator"
     model = make_lively(tiny_model(arch))
     with torch.no_grad():
+        for size in (16, 64):
+            assert model(pictures(2, size)).shape == (2, 7)
         single_NK = model(pictures(3))
         double_NK = model.double()(pictures(3))
         assert double_NK.dtype == torch.float64
@@ -97,19 +104,6 @@ def test_preprocessing(size: int, image_size: int) -> None:
     assert pixels_N3HW.dtype == torch.float32
     assert not Preprocess(spec).state_dict(), "mean and deviation follow from the spec, not from the weights"
     torch.testing.assert_close(pixels_N3HW.double(), expected, atol=1e-5, rtol=0)
-
-
-def test_dropout_is_before_the_head_of_every_architecture() -> None:
-    for arch in ALL:
-        model = make_lively(tiny_model(arch, dropout=0.5))
-        with torch.no_grad():
-            calm = model(pictures(2))
-            assert torch.equal(calm, model(pictures(2)))
-            for module in model.modules():
-                if isinstance(module, torch.nn.Dropout):
-                    module.train()
-            model.network.training = True  # timm asks the network itself
-            assert not torch.allclose(calm, model(pictures(2))), arch
 
 
 @pytest.mark.parametrize("arch", ["vit", "vit_mae"])
@@ -158,20 +152,15 @@ def test_wrong_settings(overrides: dict[str, Any], message: str) -> None:
     assert message in str(caught.value)
 
 
-def test_timm_refuses_what_its_constructor_does_not_know() -> None:
+def test_options_of_timm() -> None:
+    assert tiny_model("timm:vit_tiny_patch16_224", options={"depth": 3}).depth == 3
     with pytest.raises(UserError, match="timm refuses timm:resnet18 with depht=3"):
         tiny_model("timm:resnet18", options={"depht": 3})
-
-
-@pytest.mark.parametrize("name", ["poolformer_s12", "pit_ti_224"])
-def test_a_timm_network_that_does_not_name_its_blocks(name: str) -> None:
-    spec = build_spec(Config().override({"model.arch": f"timm:{name}"}).model, 48, LabelSet())
-    with pytest.raises(UserError, match=rf"timm:{name} cannot be divided into blocks.*\n.*--model\.arch timm:resnet18"):
-        build(spec)
-
-
-def test_timm_options_reach_the_constructor() -> None:
-    assert tiny_model("timm:vit_tiny_patch16_224", options={"depth": 3}).depth == 3
+    for name in ("poolformer_s12", "pit_ti_224"):  # networks that do not name their blocks
+        spec = build_spec(Config().override({"model.arch": f"timm:{name}"}).model, 48, LabelSet())
+        message = rf"timm:{name} cannot be divided into blocks.*\n.*--model\.arch timm:resnet18"
+        with pytest.raises(UserError, match=message):
+            build(spec)
 
 
 def test_patt_lite_options() -> None:
@@ -183,25 +172,11 @@ def test_patt_lite_options() -> None:
     assert map_NDHW.shape == (1, 256, 6, 6)  # stride 8 after block 6, then 2
 
 
-@pytest.mark.parametrize("arch", TINY)
-def test_smallest_and_larger_pictures(arch: str) -> None:
-    """The size of the stored pictures is free: the model brings them to its own."""
-    model = tiny_model(arch).eval()
-    with torch.no_grad():
-        for size in (16, 48, 64):
-            assert model(pictures(2, size)).shape == (2, 7)
-
-
-def smoothed(smoothing: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Probabilities q, and what a network trained with label smoothing says in their place, float64 `[N, 7]`."""
-    q_NK = torch.randn(500, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64).mul(3).softmax(1)
-    return q_NK, (1 - smoothing) * q_NK + smoothing / 7
-
-
 @pytest.mark.parametrize("smoothing", [0.01, 0.1, 0.5])
 def test_label_smoothing_is_undone(smoothing: float) -> None:
-    """Where probabilities were not next to nothing they are what they were; any constant may be on the logits."""
-    q_NK, p_NK = smoothed(smoothing)
+    """Probabilities that are not near zero are restored; any constant may be on the logits."""
+    q_NK = torch.randn(500, 7, generator=torch.Generator().manual_seed(0), dtype=torch.float64).mul(3).softmax(1)
+    p_NK = (1 - smoothing) * q_NK + smoothing / 7  # the output of a network trained with smoothed labels
     found_NK = unsmoothed(p_NK.log() + 3.7, smoothing)
     large_NK = q_NK > 0.06 * smoothing / 7 / (1 - smoothing)
     assert large_NK.double().mean() > 0.5
@@ -222,3 +197,44 @@ def test_without_smoothing_the_order_stays_and_nothing_is_infinite(dtype: torch.
     chosen_NK = found_NK.gather(1, logits_NK.argsort(1))
     slack = 0 if dtype in (torch.float32, torch.float64) else 0.1
     assert (chosen_NK.diff(dim=1) >= -slack).all()
+
+
+@pytest.mark.parametrize("arch", ALL)
+def test_logits_do_not_depend_on_the_batch(arch: str) -> None:
+    check_batch_independence(make_lively(tiny_model(arch)).double(), tolerance=1e-12)
+
+
+def test_the_check_of_independence_can_fail() -> None:
+    attending = make_lively(tiny_model("patt_lite"))
+    attention = attending.network.get_submodule("attention")
+    assert isinstance(attention, nn.MultiheadAttention)
+    attention.batch_first = False  # as in the authors' code: the pictures of a batch are the sequence
+    norming = make_lively(tiny_model("timm:mobilenetv3_small_100"))
+    norming.network.get_submodule("bn1").train()
+    constant = tiny_model("patt_lite").eval()
+    nn.init.zeros_(constant.network.get_parameter("classifier.weight"))
+    for model, message in ((attending, "logits differ by"), (norming, "logits differ by"), (constant, "blind")):
+        with pytest.raises(AssertionError, match=message):
+            check_batch_independence(model)
+
+
+@torch.no_grad()
+def test_parts_are_weights_times_norms_of_values() -> None:
+    model = make_lively(tiny_model("patt_lite")).eval()
+    network: Any = model.network
+    map_NDHW = network.patches(network.features(model.preprocess(pictures(4))))
+    patches_NPD = map_NDHW.flatten(2).transpose(1, 2)
+    layer = network.attention
+    attended_NPD, weights_NHPP = layer(patches_NPD, patches_NPD, patches_NPD, average_attn_weights=False)
+    width = patches_NPD.shape[-1]
+    values_NPD = F.linear(patches_NPD, layer.in_proj_weight[2 * width :], layer.in_proj_bias[2 * width :])
+    norms_NPH = values_NPD.unflatten(2, (layer.num_heads, -1)).norm(dim=-1)  # type: ignore[no-untyped-call]
+    parts_NP = torch.einsum("nhqp,nph->np", weights_NHPP, norms_NPH)
+    expected_NHW = (parts_NP / parts_NP.sum(1, keepdim=True)).reshape(4, *map_NDHW.shape[2:])
+    logits_NK, found_NHW = model.with_attention(pictures(4))
+    torch.testing.assert_close(found_NHW, expected_NHW, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(logits_NK, model(pictures(4)), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(network._attend(patches_NPD)[0], attended_NPD, rtol=1e-4, atol=1e-5)
+    assert float(found_NHW.flatten(1).std(1).min()) > 1e-4
+    assert model.shows_attention
+    assert not tiny_model("vit").shows_attention

@@ -1,4 +1,4 @@
-"""A checkpoint and its ONNX file, made once: the exporter takes seconds."""
+"""Share a checkpoint and its ONNX file between the tests of fer_dist.serve."""
 
 from pathlib import Path
 

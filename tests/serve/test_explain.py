@@ -1,4 +1,4 @@
-"""Where a network looked: maps of every architecture, and that they show what they say."""
+"""Heat maps of where a network looked, for every architecture."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ def test_maps_of_every_architecture(arch: str) -> None:
     assert all(parameter.grad is None for parameter in model.parameters())
 
 
-def test_grad_cam_asks_for_the_class() -> None:
+def test_grad_cam_depends_on_the_class() -> None:
     model, images = make_lively(tiny_model("patt_lite")).eval(), pictures(3)
     first = heat_maps(model, images, torch.tensor([0, 0, 0]))
     other = heat_maps(model, images, torch.tensor([4, 4, 4]))
@@ -35,7 +35,7 @@ def test_grad_cam_asks_for_the_class() -> None:
     assert not torch.allclose(first, other, atol=0.05)
 
 
-def test_grad_cam_is_what_the_paper_says() -> None:
+def test_grad_cam_follows_the_paper() -> None:
     """The channels of the map, each weighted by the mean of its gradient, without what is negative."""
     model, images = make_lively(tiny_model("patt_lite")).eval(), pictures(2)
     kept = []
@@ -63,5 +63,5 @@ def test_rollout_by_hand() -> None:
     assert rollout(torch.stack([second, first])[:, None]).tolist() == [[[0.0, 0.0], [0.0, 0.5]]]
 
 
-def test_other_architectures_have_none() -> None:
+def test_other_architectures_have_no_maps() -> None:
     assert heat_maps(tiny_model("timm:resnet18").eval(), pictures(2), torch.tensor([0, 1])) is None

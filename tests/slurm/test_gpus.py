@@ -10,6 +10,8 @@ import pytest
 from tests.helpers.slurm_cluster import TRAINING, Cluster
 from tests.test_readme import COMMANDS
 
+pytestmark = pytest.mark.slow
+
 SBATCH = [line for line in COMMANDS if "sbatch " in line and "slurm/" in line and "container" not in line]
 SHORT = (*TRAINING, "--train.epochs", "1", "--train.steps_per_epoch", "2", "--train.device", "cpu")
 

@@ -10,6 +10,8 @@ import pytest
 from tests.helpers.slurm_cluster import Cluster, Job, no_freezer
 from tests.slurm.test_train import require_unbroken
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def limited(unbroken: Path) -> Iterator[dict[str, Job]]:

@@ -13,6 +13,8 @@ from tests.conftest import ROOT
 from tests.helpers.slurm_cluster import TRAINING, Cluster, Job
 from tests.helpers.small_runs import plain_lines, starts, state_hash
 
+pytestmark = pytest.mark.slow
+
 SLOWLY: dict[str, Any] = {"SLOW_STEP_S": "0.4"}
 """Of the first start of a job, so that there is time to break it off."""
 
@@ -57,7 +59,7 @@ def test_requeue(cluster: Cluster, unbroken: Path) -> None:
     require_unbroken(cluster.folder_of("requeued"), unbroken)
 
 
-@pytest.mark.parametrize(("partition", "grace"), [("low", True), pytest.param("lowest", False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("partition", "grace"), [("low", True), ("lowest", False)])
 def test_preemption(cluster: Cluster, unbroken: Path, partition: str, grace: bool) -> None:
     """With a time of grace SLURM tells the ranks only, and the script requeues; without, SLURM does."""
     job = cluster.train(partition, f"--partition={partition}", **SLOWLY)

@@ -4,8 +4,12 @@ import re
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.helpers.slurm_cluster import Cluster, Job
 from tune.ledger import Ledger
+
+pytestmark = pytest.mark.slow
 
 SEARCH = (
     "--data.embedded_train", "140", "--data.embedded_val", "70", "--train.epochs", "3", "--train.global_batch", "16",

@@ -38,7 +38,7 @@ from fer_dist.engine import history, run, step, trainer
 from fer_dist.engine.checkpoint import Checkpoint, digest
 from fer_dist.engine.start import starting_model
 from fer_dist.world import World, join
-from tests.helpers.processes import PATIENCE_S
+from tests.helpers.processes import TIMEOUT_S
 from tests.helpers.small_runs import no_pictures, stateful
 
 SLOW_S = float(os.environ.get("SLOW_S", "0"))
@@ -183,7 +183,7 @@ def main() -> None:
     out, arch = Path(sys.argv[1]), sys.argv[2]
     settings, fault = json.loads(sys.argv[3]), json.loads(sys.argv[4])
     rank = int(os.environ.get("RANK", "0"))
-    faulthandler.dump_traceback_later(0.9 * PATIENCE_S, exit=True)  # who hangs says where
+    faulthandler.dump_traceback_later(0.9 * TIMEOUT_S, exit=True)  # who hangs says where
     if rank == fault.get("rank"):
         settings |= fault.get("settings", {})
     config = stateful(arch, out, **settings)

@@ -1,0 +1,84 @@
+"""No setting is forgotten: a test names each, and the code reads each."""
+
+import dataclasses
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fer_dist.config import Config
+from fer_dist.engine import trainer
+from fer_dist.engine.state import why_sync_batchnorm
+from fer_dist.options import Section, walk
+from fer_dist.world import World
+from tests.helpers.training import PARTS, settings
+
+TESTS = Path(__file__).resolve().parents[1]
+CODE = TESTS.parent / "fer_dist"
+
+
+def test_every_setting_is_named_in_a_test() -> None:
+    """Dotted, or with two underscores as `settings()` spells it."""
+    text = "\n".join(path.read_text() for path in TESTS.rglob("*.py") if path.name != "test_config.py")
+    forgotten = [
+        name
+        for name, _ in walk(Config)
+        if name not in text and name.replace(".", "__") not in text and name.split(".")[-1] not in PARTS
+    ]
+    assert not forgotten, "no test sets " + ", ".join(forgotten)
+
+
+def test_every_setting_is_read_by_the_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train a few times and note which fields fer_dist reads; a field that nothing reads has no effect."""
+    read: set[tuple[type, str]] = set()
+    plumbing = {str(CODE / name) for name in ("options.py", "config.py")}
+
+    def note(section: Section, name: str) -> Any:
+        caller = sys._getframe(1).f_code.co_filename
+        if caller.startswith(str(CODE)) and caller not in plumbing:
+            read.add((type(section), name))
+        return object.__getattribute__(section, name)
+
+    table, ferplus = tmp_path / "fer2013.csv", tmp_path / "fer2013new.csv"
+    write_tables(table, ferplus)
+    quick = {"train.epochs": 1, "train.steps_per_epoch": 1, "run.dir": str(tmp_path / "runs"), "run.tensorboard": True}
+    on_table = {"data.path": str(table), "data.ferplus": str(ferplus), "data.size": 48, "data.cache_dir": str(tmp_path)}
+    drawn = {"data.embedded_train": 14, "data.embedded_val": 7}
+    mixing = {"data.augment.mixup": 0.2, "data.augment.cutmix": 0.2}
+    runs = (
+        {**quick, **drawn, **mixing, "run.name": "a", "optim.schedule": "one_cycle", "train.precision": "bfloat16"},
+        {**quick, **on_table, "run.name": "b", "run.resume": "auto", "optim.schedule": "plateau", "train.ema": 0.9},
+    )
+    with monkeypatch.context() as patch:
+        patch.setattr(Section, "__getattribute__", note, raising=False)
+        patch.setattr("os.fsync", lambda handle: None)
+        (tmp_path / "runs" / "b").mkdir(parents=True)  # so that run.resume matters
+        for values in runs:
+            trainer.fit(settings(values))
+        why_sync_batchnorm(settings().train, World(size=2, device=torch.device("cuda")))
+    sections = {(type(section), name) for section, name in _leaves(Config())}
+    names = {f"{kind.__name__}.{name}" for kind, name in sections - read}
+    # Read in the second evaluation without a gain, which one epoch does not have, and after a non-finite step.
+    assert names <= {"OptimConfig.plateau_factor", "TrainConfig.max_skipped"}, "never read: " + ", ".join(sorted(names))
+
+
+def _leaves(section: Section) -> Iterator[tuple[Section, str]]:
+    for field in dataclasses.fields(section):
+        value = getattr(section, field.name)
+        if isinstance(value, Section):
+            yield from _leaves(value)
+        else:
+            yield section, field.name
+
+
+def write_tables(table: Path, ferplus: Path) -> None:
+    """Write twenty training pictures as fer2013.csv and their votes; there is no validation part."""
+    pixels = (" ".join([str(10 * i), *["0"] * (48 * 48 - 1)]) for i in range(20))
+    rows = [f"{i % 5},{grey},Training" for i, grey in enumerate(pixels)]
+    table.write_text("\n".join(["emotion,pixels,Usage", *rows]) + "\n")
+    head = "Usage,Image name,neutral,happiness,surprise,sadness,anger,disgust,fear,contempt,unknown,NF"
+    votes = [f"Training,fer{i:07d}.png,{i % 5},{5 - i % 5},0,0,3,1,1,0,0,0" for i in range(20)]
+    ferplus.write_text("\n".join([head, *votes]) + "\n")

@@ -1,0 +1,175 @@
+"""A run folder is named, made once, found again by a restart, and written by one process at a time."""
+
+import errno
+import os
+import re
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import pytest
+
+from fer_dist.config import Config
+from fer_dist.engine import rundir
+from fer_dist.engine.rundir import Hold, open_run
+from fer_dist.errors import UserError
+from fer_dist.world import World
+from tests.helpers.small_runs import tiny
+
+
+def settings(folder: Path, **values: Any) -> Config:
+    return tiny("vit", folder, **values)
+
+
+# -- its name
+
+
+def test_the_name_is_the_given_one_or_the_architecture_and_the_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under runs/ in the working directory where nothing else is given; runs of the same second are numbered."""
+    monkeypatch.chdir(tmp_path)
+    for resume in ("restart", "auto"):
+        config = Config().override({"run.name": resume, "run.resume": resume})
+        assert open_run(config, World()) == (Path("runs") / resume, False)
+        assert (tmp_path / "runs" / resume).is_dir()
+    folder, resumes = open_run(settings(tmp_path, model__arch="timm:vit_tiny_patch16_224"), World())
+    assert re.fullmatch(r"timm-vit_tiny_patch16_224-\d{8}-\d{6}", folder.name)
+    assert (folder.parent, resumes) == (tmp_path, False)
+    monkeypatch.setattr(rundir.time, "strftime", lambda form: "-20260102-030405")  # type: ignore[attr-defined]
+    names = [open_run(settings(tmp_path), World())[0].name for _ in range(3)]
+    assert names == ["vit-20260102-030405", "vit-20260102-030405-1", "vit-20260102-030405-2"]
+
+
+def test_an_existing_folder_is_refused(tmp_path: Path) -> None:
+    """An empty one, too; in the first start of a launch and in a restart of it."""
+    (tmp_path / "mine").mkdir()
+    for launch in ("", "seven"):
+        for restarted in (False, True):
+            with pytest.raises(UserError, match="exists; a run is never overwritten"):
+                open_run(settings(tmp_path, run__name="mine"), World(launch=launch, restarted=restarted))
+    assert list((tmp_path / "mine").iterdir()) == []
+
+
+def test_a_file_in_the_place_of_the_runs_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_text("")
+    for name in ("mine", None):
+        with pytest.raises(UserError, match=r"cannot make the run folder .*Not a directory"):
+            open_run(settings(tmp_path / "runs", run__name=name), World())
+
+
+# -- the launcher starts it again
+
+
+FIRST, AGAIN = World(launch="one"), World(launch="one", restarted=True)
+
+
+@pytest.mark.parametrize("name", [None, "mine", "deep/mine"])
+def test_a_restart_finds_its_folder(tmp_path: Path, name: str | None) -> None:
+    config = settings(tmp_path, run__name=name)
+    other, _ = open_run(settings(tmp_path), World())
+    first, resumes = open_run(config, FIRST)
+    assert not resumes
+    assert first != other
+    open_run(settings(tmp_path, run__name="zz-later"), World(launch="two"))
+    assert open_run(config, AGAIN) == (first, True)
+
+
+def test_a_second_launch_makes_a_second_folder(tmp_path: Path) -> None:
+    made = [open_run(settings(tmp_path), world) for world in (FIRST, World(launch="two"), FIRST)]  # none is a restart
+    assert len({folder for folder, _ in made}) == 3
+    assert not any(resumes for _, resumes in made)
+
+
+def test_of_several_runs_of_a_launch_the_newest_is_resumed(tmp_path: Path) -> None:
+    """Newest by the clock, not by name, which begins with the architecture."""
+    older, _ = open_run(tiny("vit", tmp_path), FIRST)
+    os.utime(older / "launch.json", (1, 1))
+    newest, _ = open_run(tiny("patt_lite", tmp_path), FIRST)
+    assert open_run(settings(tmp_path), AGAIN) == (newest, True)
+
+
+def test_a_requeued_slurm_job_finds_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the job's number and the settings, but for where things lie and how the run reports; torchrun is new then."""
+    monkeypatch.setenv("SLURM_JOB_ID", "33")
+    made = {seed: open_run(settings(tmp_path, seed=seed), World(launch=f"first {seed}"))[0] for seed in (1, 2)}
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    for seed, folder in made.items():
+        again = settings(tmp_path, seed=seed, run__timeout_seconds=7.0, data__cache_dir="elsewhere")
+        for restarted in (False, True):
+            assert open_run(again, World(launch="new", restarted=restarted)) == (folder, True)
+    assert open_run(settings(tmp_path, seed=3), World(launch="third"))[1] is False
+    monkeypatch.setenv("SLURM_JOB_ID", "34")
+    assert open_run(settings(tmp_path, seed=1), World(launch="new"))[1] is False
+
+
+def test_a_start_that_fails_while_it_makes_its_folder_leaves_none(tmp_path: Path) -> None:
+    """Otherwise the next start would find a folder that nothing has made, and refuse it."""
+    for name in (None, "mine"):
+        config = settings(tmp_path / "runs", run__name=name)
+        with mock.patch.object(rundir, "write_json", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
+            open_run(config, FIRST)
+        assert list((tmp_path / "runs").iterdir()) == []
+    assert open_run(config, AGAIN)[1] is False
+
+
+def test_a_killed_start_leaves_only_what_is_not_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """SIGKILL, so that nothing is tidied up."""
+    config = settings(tmp_path, run__name="mine")
+    if (child := os.fork()) == 0:
+        monkeypatch.setattr(rundir, "write_json", lambda path, content: os.kill(os.getpid(), signal.SIGKILL))
+        open_run(config, FIRST)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    assert len(list(tmp_path.iterdir())) == 1
+    assert not (tmp_path / "mine").exists()
+    assert open_run(config, AGAIN) == (tmp_path / "mine", False)
+
+
+def test_a_damaged_launch_json_belongs_to_no_launch(tmp_path: Path) -> None:
+    for i, content in enumerate(("", "[1]", "{", '{"launch": 3}', '{"slurm": null}')):
+        config = settings(tmp_path / str(i))
+        first, _ = open_run(config, FIRST)
+        (first / "launch.json").write_text(content)
+        assert open_run(config, AGAIN)[1] is False, content
+
+
+# -- one writer
+
+
+def test_a_folder_has_one_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A second one waits, and gives up; the lock ends with its process."""
+    monkeypatch.setattr(rundir, "HOLD_S", 0.2)
+    ready, holds = os.pipe()
+    if (child := os.fork()) == 0:
+        held = Hold(tmp_path)  # noqa: F841  # its lock lasts as long as the process
+        os.write(holds, b"held")
+        signal.pause()
+        os._exit(0)
+    assert os.read(ready, 4) == b"held"
+    with pytest.raises(UserError, match=rf"another process writes into {tmp_path} and has not left within 0 s"):
+        Hold(tmp_path)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    Hold(tmp_path).release()
+    for end in (ready, holds):
+        os.close(end)
+
+
+def test_a_requeued_start_waits_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """NFS keeps the lock of a node that has died for a while."""
+    monkeypatch.setattr(rundir, "HOLD_S", 0.0)
+    monkeypatch.setattr(rundir, "REQUEUED_HOLD_S", 30.0)
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    dead = Hold(tmp_path)
+    timer = threading.Timer(0.3, dead.release)
+    timer.start()
+    Hold(tmp_path).release()
+    timer.join()
+
+
+def test_a_file_system_without_locks_is_used_without(tmp_path: Path) -> None:
+    with mock.patch("fcntl.flock", side_effect=OSError(errno.ENOTSUP, "Operation not supported")):
+        Hold(tmp_path).release()
