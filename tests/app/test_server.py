@@ -61,8 +61,12 @@ def predict(client: gradio_client.Client, path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("name", "count", "size"),
-    [("one.png", 1, (640, 480)), ("none.png", 0, (640, 480)), ("several.png", 3, (960, 640))]
-    + [("large.jpg", 1, (6400, 4800))],
+    [
+        ("one.png", 1, (640, 480)),
+        ("none.png", 0, (640, 480)),
+        ("several.png", 3, (960, 640)),
+        ("large.jpg", 1, (6400, 4800)),
+    ],
 )
 def test_the_api_predicts_faces(
     client: gradio_client.Client, folder: Path, name: str, count: int, size: tuple[int, int]
