@@ -26,10 +26,13 @@ def steps(folder: Path) -> list[int]:
     return [int(path.stem.removeprefix("step-")) for path in step_files(folder)]
 
 
+SMALL = {"data__embedded_train": 64, "train__global_batch": 8}
+
+
 @pytest.fixture(scope="module")
 def broken(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that ended at step 14: checkpoints of step 8 and 12."""
-    config = stateful("patt_lite", tmp_path_factory.mktemp("broken"))
+    config = stateful("patt_lite", tmp_path_factory.mktemp("broken"), **SMALL)
     with breaking(14, "crash", Ledger()), pytest.raises(Crash):
         fit(config)
     folder = Path(config.run.dir) / "run"
@@ -58,12 +61,12 @@ def test_a_run_resumes_from_the_newest_valid_one(
     """And ends as an unbroken one; `run.keep` says how many checkpoints stay."""
     bad = step_files(folder)[0]
     flip(bad)
-    result, _ = run_whole(stateful("patt_lite", tmp_path, run__progress="plain"))
+    result, _ = run_whole(stateful("patt_lite", tmp_path, run__progress="plain", **SMALL))
     assert f"resume: left out, {bad} is damaged or not a checkpoint: " in capsys.readouterr().out
     second = starts(folder)[1]
     assert (second["from"], second["step"]) == ("step-00000008.pth", 8)
     assert [name for name, _ in second["left_out"]] == ["step-00000012.pth"]
-    whole, _ = run_whole(stateful("patt_lite", tmp_path / "whole", run__keep=3))
+    whole, _ = run_whole(stateful("patt_lite", tmp_path / "whole", run__keep=3, **SMALL))
     assert same(everything(result.folder / "last.pth"), everything(whole.folder / "last.pth"))
     assert (steps(folder), steps(whole.folder)) == ([24, 20], [24, 20, 16])
     for path in step_files(folder):
@@ -116,7 +119,7 @@ def test_nothing_is_begun_where_none_is_valid(folder: Path, tmp_path: Path) -> N
         flip(path)
     before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
     with pytest.raises(UserError, match=r"none of the 2 checkpoints of .* can be read; .*its checksum differs"):
-        run_whole(stateful("patt_lite", tmp_path))
+        run_whole(stateful("patt_lite", tmp_path, **SMALL))
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
 
 
@@ -203,8 +206,8 @@ def test_a_disk_that_fails_leaves_the_last_checkpoint(
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1.6 MB, the size of four checkpoints and their plots; only root can mount one."""
-    mount = ["mount", "-t", "tmpfs", "-o", "size=1600k", "tmpfs", str(tmp_path)]
+    """A file system for four checkpoints and the plots, so that the fifth does not fit; only root can mount one."""
+    mount = ["mount", "-t", "tmpfs", "-o", "size=1800k", "tmpfs", str(tmp_path)]
     mounted = subprocess.run(mount, capture_output=True, text=True, check=False)
     if mounted.returncode:
         pytest.skip(f"no file system can be mounted here: {mounted.stderr.strip()}")

@@ -25,13 +25,10 @@ from tests.helpers.training import Rig, settings
 def faulty(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     """A NaN in the loss, in the gradient, in the running statistics; twice in a row, then three times."""
     spoil = {"2": "loss", "5": "gradient", "10": "statistics", "11": "loss", "21": "gradient", "22": "loss"}
-    return launch(
-        tmp_path_factory.mktemp("faulty"),
-        2,
-        {"rank": 1, "spoil": spoil | {"23": "loss"}},
-        settings={"train__max_skipped": 2, "run__progress": "plain", "optim__schedule": "constant"},
-        restarts=0,
-    )
+    values: dict[str, Any] = {"train__max_skipped": 2, "run__progress": "plain", "optim__schedule": "constant"}
+    values |= {"data__embedded_train": 64, "train__global_batch": 8}
+    fault = {"rank": 1, "spoil": spoil | {"23": "loss"}}
+    return launch(tmp_path_factory.mktemp("faulty"), 2, fault, settings=values, restarts=0)
 
 
 def test_all_ranks_skip_and_count(faulty: Launch) -> None:

@@ -7,6 +7,7 @@ import struct
 import tarfile
 import zipfile
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +62,7 @@ def saved(content: Any, legacy: bool = False) -> bytes:
     return out.getvalue()
 
 
+@cache
 def benign(legacy: bool = False) -> bytes:
     """Return a small state dict."""
     return saved({"weight": torch.arange(12.0).reshape(3, 4), "bias": torch.zeros(3)}, legacy)
