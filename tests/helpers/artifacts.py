@@ -170,17 +170,19 @@ def rtx_engine(trt: Any, folder: Path) -> Path:
 
 
 def engine(folder: Path, raw: bytes, **values: Any) -> Path:
-    """Write any bytes as an engine, with a sidecar that fits unless `values` replace fields of it."""
+    """Write any bytes as an engine with a sidecar; see `describe`."""
     path = folder / "best.fp16.engine"
     path.write_bytes(raw)
     (folder / "best.onnx").touch()
+    return describe(path, **({"kind": "engine", "precision": "fp16", "batch": (1, 2, 4)} | values))
+
+
+def describe(path: Path, **values: Any) -> Path:
+    """Write a sidecar that fits an artifact of `tiny_onnx`, unless `values` replace fields of it."""
     fields: dict[str, Any] = {
-        "kind": "engine",
-        "precision": "fp16",
         "spec": SPEC,
-        "batch": (1, 2, 4),
         "sha256": file_sha256(path),
-        "bytes": len(raw),
+        "bytes": path.stat().st_size,
         "checkpoint_sha256": CHECKPOINT,
         "parent": "best.onnx",
         "parent_sha256": "p" * 64,

@@ -1,8 +1,7 @@
 """Start the app as a process, and write pictures to show it."""
 
-import os
 import re
-import subprocess
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -13,34 +12,24 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from tests.helpers.processes import ROOT, free_port
+from tests.helpers.processes import TIMEOUT_S, Process, free_port
 from tests.helpers.synthetic_scenes import scene
-
-START_S = 120.0
 
 
 @contextmanager
 def served(model: Path, folder: Path, **environment: str) -> Iterator[str]:
     """Run `python -m fer_dist.app` in a folder; yields its address."""
-    words = [sys.executable, "-m", "fer_dist.app", "--model", str(model), "--no-browser", "--port", str(free_port())]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    log = folder / "app.log"
-    with log.open("w") as file:
-        app = subprocess.Popen(words, cwd=folder, stdout=file, stderr=subprocess.STDOUT, env=environment)
-    try:
-        until = time.monotonic() + START_S
-        while not (found := re.search(r"^(http://127\.0\.0\.1:\d+/)  ", log.read_text(), re.M)):
-            assert app.poll() is None, log.read_text()
-            assert time.monotonic() < until, log.read_text()
-            time.sleep(0.1)
-        yield found[1]
-        app.terminate()
-        assert app.wait(30) == 0, log.read_text()
-        text = log.read_text()  # what Gradio refuses by itself it notes with a traceback
-        assert text.count("Traceback") == text.count("\ngradio.exceptions.InvalidPathError"), text
-    finally:
-        app.kill()
-        app.wait()
+    words = ["-m", "fer_dist.app", "--model", str(model), "--no-browser", "--port", str(free_port())]
+    app, until = Process([sys.executable, *words], cwd=folder, env=environment), time.monotonic() + TIMEOUT_S
+    while not (found := re.search(r"^(http://127\.0\.0\.1:\d+/)  ", app.read()[0], re.M)):
+        assert app.alive(), app.read()
+        assert time.monotonic() < until, app.read()
+        time.sleep(0.1)
+    yield found[1]
+    app.send(signal.SIGTERM)
+    done = app.wait().ok()
+    log = done.out + done.err  # what Gradio refuses by itself it notes with a traceback
+    assert log.count("Traceback") == log.count("\ngradio.exceptions.InvalidPathError"), log
 
 
 def pictures(folder: Path) -> Path:

@@ -23,17 +23,7 @@ from fer_dist.serve.ortsession import bound, open_session
 from fer_dist.serve.runner import Outputs, Runner, open_runner
 from fer_dist.spec import InputSpec
 from fer_dist.world import World
-from tests.helpers.artifacts import (
-    CHECKPOINT,
-    CLASSES,
-    SIDE,
-    SPEC,
-    engine,
-    expected_logits,
-    rtx_engine,
-    tiny_onnx,
-    write,
-)
+from tests.helpers.artifacts import CHECKPOINT, SIDE, SPEC, engine, expected_logits, rtx_engine, tiny_onnx, write
 from tests.helpers.tiny_models import pictures
 
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
@@ -275,7 +265,7 @@ class FakeContext:
 
 def fake_engine(context: FakeContext | None = None) -> SimpleNamespace:
     """Return an engine of `tiny_onnx` for batches 1, 2, 4."""
-    outputs = dict.fromkeys((LOGITS, PROBABILITIES), ("f", (-1, CLASSES)))
+    outputs = dict.fromkeys((LOGITS, PROBABILITIES), ("f", (-1, 7)))
     tensors: dict[str, tuple[str, tuple[int, ...]]] = {INPUT: ("uint8", (-1, 1, SIDE, SIDE)), **outputs}
     return SimpleNamespace(
         num_io_tensors=3,
@@ -293,18 +283,9 @@ class FakeLogger:
 
 def fake_tensorrt(found: SimpleNamespace | None) -> SimpleNamespace:
     """Return a package whose runtime makes `found` of any bytes."""
-
-    def deserialize(logger: Any) -> SimpleNamespace | None:
-        if found is None:
-            logger.log(FakeLogger.WARNING, "never mind")
-            logger.log(FakeLogger.ERROR, "wrong\nmagic")
-        return found
-
-    def runtime(logger: Any) -> SimpleNamespace:
-        return SimpleNamespace(deserialize_cuda_engine=lambda raw: deserialize(logger))
-
+    runtime = SimpleNamespace(deserialize_cuda_engine=lambda raw: found)
     types = SimpleNamespace(UINT8="uint8", FLOAT="f")
-    return SimpleNamespace(__version__="11.0.1", ILogger=FakeLogger, Runtime=runtime, DataType=types)
+    return SimpleNamespace(__version__="11.0.1", ILogger=FakeLogger, Runtime=lambda log: runtime, DataType=types)
 
 
 @pytest.fixture
@@ -347,10 +328,14 @@ def test_an_engine_must_fit(fields: dict[str, Any], built: dict[str, Any], words
 
 
 @pytest.mark.usefixtures("gpu")
-def test_a_refusal_of_tensorrt_gives_its_reason(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_refusal_of_tensorrt_has_advice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine_module, "require", lambda module, extra: fake_tensorrt(None))
-    fix = refused(r"TensorRT 11.0.1 on a GPU refuses .*: wrong magic\n", engine(tmp_path, b"engine", built_with=FITS))
-    assert "python -m export.trt" in fix
+    path = engine(tmp_path, b"engine", built_with=FITS)
+    assert "python -m export.trt" in refused("TensorRT 11.0.1 on a GPU refuses .*: it gives no reason\n", path)
+    log = engine_module.quiet_log(SimpleNamespace(ILogger=FakeLogger))
+    log.log(FakeLogger.WARNING, "never mind")
+    log.log(FakeLogger.ERROR, "wrong\nmagic")
+    assert log.told() == "wrong magic"
 
 
 @pytest.mark.usefixtures("gpu")

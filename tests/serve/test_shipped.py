@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -14,10 +13,10 @@ from fer_dist.errors import EXIT_USER_ERROR, UserError
 from fer_dist.evaluate import main as evaluate
 from fer_dist.predict import main as predict
 from fer_dist.serve import shipped
-from fer_dist.serve.artifact import ExportedModel, file_sha256, read_sidecar, sidecar, sidecar_json
+from fer_dist.serve.artifact import file_sha256, read_sidecar
 from fer_dist.serve.measured import measured
 from fer_dist.serve.runner import open_runner
-from tests.helpers.artifacts import CHECKPOINT, SPEC, tiny_onnx, write
+from tests.helpers.artifacts import describe, tiny_onnx, write
 from tests.helpers.exporting import command
 
 
@@ -28,20 +27,8 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(shipped, "ASSETS", tmp_path / "assets")
     shipped.ASSETS.mkdir()
     path = write(shipped.ASSETS, tiny_onnx(), shipped.NAME)
-    fields: dict[str, Any] = {
-        "kind": "onnx",
-        "precision": "fp32",
-        "spec": SPEC,
-        "sha256": file_sha256(path),
-        "bytes": path.stat().st_size,
-        "checkpoint_sha256": CHECKPOINT,
-        "parent": "best.pth",
-        "parent_sha256": CHECKPOINT,
-        "data": {"seed": 0, "data": {"path": "archive.zip"}},
-        "parity": {"meaningful": True, "accuracy_candidate": 0.6, "count": 3589},
-    }
-    sidecar(path).write_bytes(sidecar_json(ExportedModel(**fields)))
-    return path
+    data, parity = {"path": "archive.zip"}, {"meaningful": True, "accuracy_candidate": 0.6, "count": 3589}
+    return describe(path, kind="onnx", precision="fp32", data={"seed": 0, "data": data}, parity=parity)
 
 
 def test_the_shipped_model_comes_before_the_newest_run(small: Path) -> None:
