@@ -96,7 +96,8 @@ def test_wrong_arguments_are_refused(result: Result, tmp_path: Path, monkeypatch
     assert "cannot read nowhere.pth: No such file" in refused(capsys, main, "nowhere.pth", fix=False)
     best, path = load(result.folder / "best.pth"), tmp_path / "x.pth"
     assert [*tmp_path.iterdir()] == []
-    for record in ({"epoch": []}, {"epoch": 1, "step": 2, "train_loss": 0.5, "val": "good"}):
+    records: list[dict[str, Any]] = [{"epoch": []}, {"epoch": 1, "step": 2, "train_loss": 0.5, "val": "good"}]
+    for record in records:
         save(path, dataclasses.replace(best, record=record))
         assert "holds metrics of another form" in refused(capsys, main, path, fix=False)
 

@@ -172,7 +172,8 @@ def test_a_used_port_is_an_error(port: int, folder: Path) -> None:
 def test_a_full_queue_refuses_requests_and_completes_the_others(http: httpx.Client, folder: Path) -> None:
     file = {"files": ("a.png", (folder / "one.png").read_bytes())}
     path = http.post("gradio_api/upload", files=file).json()[0]
-    begun, until = [], time.monotonic() + 60
+    begun: list[httpx.Response] = []
+    until = time.monotonic() + 60
     while not begun or begun[-1].status_code == 200:
         assert time.monotonic() < until
         begun.append(http.post("gradio_api/call/predict", json={"data": [{"path": path, **FILE}]}))
