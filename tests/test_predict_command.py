@@ -148,7 +148,8 @@ def test_memory_is_flat_over_a_large_folder(model: Path, tmp_path: Path) -> None
     for name, count in (("few", 24), ("many", 72)):
         code = (
             "import resource, sys; from fer_dist.predict import _main\n"
-            f"_main([{str(tmp_path / name)!r}, '--model', {str(model)!r}, '--out', {str(tmp_path / 'out')!r}, '--batch', '8'])\n"
+            f"_main([{str(tmp_path / name)!r}, '--model', {str(model)!r},"
+            f" '--out', {str(tmp_path / 'out')!r}, '--batch', '8'])\n"
             "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
         )
         done = python("-c", code).ok()
