@@ -140,7 +140,7 @@ def small_disk(folder: Path, size: int) -> Iterator[Path]:
 @pytest.mark.usefixtures("exported_before")
 @pytest.mark.parametrize(
     ("graphs", "expected"),
-    [(0.5, set()), (1.05, None), (1.5, {"best.onnx"}), (6, {"best.onnx", "best.engine"})],
+    [(0.5, set()), (1.05, None), (1.5, {"best.onnx"}), (40, {"best.onnx", "best.engine"})],
 )
 def test_a_full_disk_keeps_whole_artifacts_only(
     graphs: float, expected: set[str] | None, good: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -79,7 +79,9 @@ def test_the_command_with_data(folder: Path, capsys: pytest.CaptureFixture[str])
         [*words[:3], folder / "nothing.csv"],
         [folder / "best.pth", folder / "best.gone"],
         [folder / "best.pth"],
-        *([*words, *more] for more in (["--limit", "0"], ["--tolerance", "x=1"], ["--unknown"])),
+        [*words, "--limit", "0"],
+        [*words, "--tolerance", "x=1"],
+        [*words, "--unknown"],
     ):
         assert command(main, *wrong) == EXIT_USER_ERROR
         out, err = capsys.readouterr()

@@ -51,7 +51,9 @@ def graph_of(arch: str) -> onnx.ModelProto:
 
 def copied(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy that may be changed."""
-    return onnx.ModelProto.FromString(model.SerializeToString())
+    copy = onnx.ModelProto()
+    copy.CopyFrom(model)
+    return copy
 
 
 def exported(model: FaceModel, checkpoint_sha256: str) -> onnx.ModelProto:
