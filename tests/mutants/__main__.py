@@ -84,9 +84,13 @@ def run_pytest(arguments: list[str], folder: Path) -> int:
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, 9)
             return 124
-        if code not in (0, 1):
-            log.seek(0)
-            sys.stderr.write(log.read().decode(errors="replace")[-2000:])
+        log.seek(0)
+        text = log.read().decode(errors="replace")
+        if code == 0 and " passed" not in text:  # all were skipped
+            code = 5
+        if code not in (0, 1) or (code == 1 and " failed" not in text and " error" not in text):
+            sys.stderr.write(text[-2000:])
+            return max(code, 2)  # a Python without pytest ends with 1, too
         return code
 
 
