@@ -1,8 +1,10 @@
 """Prepare every test: a cache folder of its own, one thread, no network, a time limit, and skips with a reason."""
 
 import os
+import shutil
 import signal
 import sys
+import tempfile
 from collections import Counter
 from importlib.util import find_spec
 from pathlib import Path
@@ -39,12 +41,12 @@ for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_AD
     os.environ.pop(_name, None)  # pytest itself is no rank of a launcher
 
 
-@pytest.fixture(scope="session", autouse=True)
-def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cache of decoded data sets: a temporary folder of this session, never the user's own."""
-    folder = tmp_path_factory.mktemp("fer_dist_cache")
-    os.environ["FER_DIST_CACHE"] = str(folder)
-    return folder
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the folder that the processes of pytest-xdist share, and in it the cache of decoded data sets."""
+    if not hasattr(config, "workerinput"):
+        folder = os.environ["TEST_SHARED_FOLDER"] = tempfile.mkdtemp(prefix="fer_dist_tests_")
+        os.environ["FER_DIST_CACHE"] = f"{folder}/cache"  # never the user's own
+        config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,33 +14,16 @@ import numpy as np
 import pytest
 
 from fer_dist.engine.checkpoint import load
-from tests.helpers.fault_runs import FAULT, SAVE_EVERY, STEPS, Launch, begin, end, launch, require_equal
+from tests.helpers.fault_runs import FAULT, SAVE_EVERY, STEPS, Launch, begin, end, launch, require_equal, unbroken
 from tests.helpers.processes import two_agents
 from tests.helpers.small_runs import starts, state_hash
 
 pytestmark = pytest.mark.slow
-Whole = Callable[[int, str], Launch]
 SLOW_S = 0.004
 """Of each event of a save in the sweep: a save takes half a second and more."""
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Whole:
-    """The unbroken run of some ranks and an architecture; each once."""
-    kept: dict[tuple[int, str], Launch] = {}
-
-    def run(ranks: int, arch: str = "patt_lite") -> Launch:
-        if (ranks, arch) not in kept:
-            found = launch(tmp_path_factory.mktemp(f"whole{ranks}{arch}"), ranks, {}, arch=arch, restarts=0)
-            found.done.ok()
-            assert [start["step"] for start in found.starts] == [0]
-            kept[ranks, arch] = found
-        return kept[ranks, arch]
-
-    return run
-
-
-def require_survived(broken: Launch, unbroken: Launch) -> None:
+def require_survived(broken: Launch, whole: Launch) -> None:
     """It was killed, went on from a step beyond 0, did one save interval again at the most, and is the unbroken run."""
     broken.done.ok()
     assert len(broken.lines("fault.jsonl")) == 1
@@ -50,7 +32,7 @@ def require_survived(broken: Launch, unbroken: Launch) -> None:
     assert second["step"] > 0
     assert second["left_out"] == [], "a save that was broken off leaves no damaged checkpoint"
     assert broken.redone() <= SAVE_EVERY
-    require_equal(broken, unbroken)
+    require_equal(broken, whole)
     assert not list(broken.folder.rglob(".*")), "no temporary file is left"
 
 
@@ -67,21 +49,21 @@ MOMENTS: dict[str, tuple[int, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_killed_run_ends_like_the_unbroken_one(moment: str, whole: Whole, tmp_path: Path) -> None:
+def test_a_killed_run_ends_like_the_unbroken_one(moment: str, tmp_path: Path) -> None:
     ranks, fault = MOMENTS[moment]
     broken = launch(tmp_path, ranks, {"signal": "SIGKILL", **fault}, slow_s=SLOW_S)
-    require_survived(broken, whole(ranks, "patt_lite"))
+    require_survived(broken, unbroken(ranks))
 
 
 @pytest.mark.parametrize("arch", ["vit", "vit_mae"])
-def test_each_architecture_on_four_ranks(arch: str, whole: Whole, tmp_path: Path) -> None:
+def test_each_architecture_on_four_ranks(arch: str, tmp_path: Path) -> None:
     """DDP's groups of gradients: with two ranks any order of adding gives the same bits, with four it does not."""
     broken = launch(tmp_path, 4, {"signal": "SIGKILL", "rank": 2, "step": 10, "after_s": 0.01}, arch=arch)
-    require_survived(broken, whole(4, arch))
+    require_survived(broken, unbroken(4, arch))
 
 
 @pytest.mark.parametrize("node", [0, 1])
-def test_a_rank_of_another_node_is_killed(node: int, whole: Whole, tmp_path: Path) -> None:
+def test_a_rank_of_another_node_is_killed(node: int, tmp_path: Path) -> None:
     """Two torchruns, as on two nodes, and no name for the run: the one that has lost no rank counts no restart."""
     fault = {"rank": node, "signal": "SIGKILL", "step": 10, "after_s": 0.01}
     words = [FAULT, str(tmp_path), "patt_lite", json.dumps({"run__name": None, "run__resume": "restart"})]
@@ -89,10 +71,10 @@ def test_a_rank_of_another_node_is_killed(node: int, whole: Whole, tmp_path: Pat
         agent.ok()
     (folder,) = (path for path in tmp_path.iterdir() if path.is_dir())
     assert [start["step"] for start in starts(folder)] == [0, 8]
-    assert state_hash(folder / "last.pth") == whole(2, "patt_lite").hash
+    assert state_hash(folder / "last.pth") == unbroken(2).hash
 
 
-def test_a_killed_launcher_takes_its_ranks_along(whole: Whole, tmp_path: Path) -> None:
+def test_a_killed_launcher_takes_its_ranks_along(tmp_path: Path) -> None:
     """torchrun itself dies: its ranks see it, save and leave; the same line again goes on."""
     process = begin(tmp_path, 2, {"signal": "SIGUSR2", "rank": 9}, slow_s=SLOW_S)
     deadline = time.monotonic() + 120
@@ -108,7 +90,7 @@ def test_a_killed_launcher_takes_its_ranks_along(whole: Whole, tmp_path: Path) -
     again = launch(tmp_path, 2, {})
     again.done.ok()
     assert [start["step"] for start in again.starts] == [0, saved]
-    assert again.hash == whole(2, "patt_lite").hash
+    assert again.hash == unbroken(2).hash
 
 
 def test_a_launcher_that_dies_before_the_first_step_is_missed_too(tmp_path: Path) -> None:
@@ -138,14 +120,14 @@ def moments(ranks: int, count: int, seed: int) -> list[dict[str, Any]]:
 
 @pytest.mark.soak
 @pytest.mark.parametrize("ranks", [2, 4])
-def test_sweep(ranks: int, whole: Whole, tmp_path: Path) -> None:
+def test_sweep(ranks: int, tmp_path: Path) -> None:
     """50 moments for each number of ranks."""
     count = int(os.environ.get("SOAK_KILLS", "50"))
     inside = redone = 0
     for i, fault in enumerate(moments(ranks, count, seed=ranks)):
         broken = launch(tmp_path / str(i), ranks, fault, slow_s=SLOW_S)
         try:
-            require_survived(broken, whole(ranks, "patt_lite"))
+            require_survived(broken, unbroken(ranks))
         except AssertionError:
             print(f"\nmoment {i}: {fault}\n{broken.starts}\n{broken.done.err[-3000:]}", flush=True)
             raise

@@ -20,7 +20,7 @@ from fer_dist.engine.trainer import fit
 from fer_dist.engine.watch import LAST_STEP_S, Watch, stop_signals
 from fer_dist.errors import EXIT_RANK_LOST, EXIT_STOPPED, Stopped, UserError
 from fer_dist.world import World
-from tests.helpers.fault_runs import FAULT, Crash, Launch, launch
+from tests.helpers.fault_runs import FAULT, Crash, Launch, launch, unbroken
 from tests.helpers.processes import Process, start_by_hand
 from tests.helpers.small_runs import everything, no_pictures, same, stateful
 from tests.test_train import TINY
@@ -48,10 +48,8 @@ def step_of(out: Path) -> int:
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Launch:
-    found = launch(tmp_path_factory.mktemp("whole"), 2, {}, restarts=0)
-    found.done.ok()
-    return found
+def whole() -> Launch:
+    return unbroken(2)
 
 
 SLOW = pytest.mark.slow

@@ -15,7 +15,7 @@ from fer_dist.engine.same import data_digest
 from fer_dist.engine.watch import LOOK_S, Watch
 from fer_dist.errors import EXIT_RANK_LOST
 from fer_dist.world import World
-from tests.helpers.fault_runs import launch, require_equal
+from tests.helpers.fault_runs import launch, require_equal, unbroken
 from tests.helpers.processes import python
 from tests.helpers.training import noise_faces
 
@@ -34,7 +34,6 @@ def write_faces(folder: Path, seed: int) -> None:
 @pytest.mark.slow
 def test_a_rank_that_stands_still_is_noticed_and_the_run_ends_like_the_unbroken_one(tmp_path: Path) -> None:
     """SIGSTOP of one of four; torchrun itself then waits 30 s before it kills what does not heed its SIGTERM."""
-    whole = launch(tmp_path / "whole", 4, {}, restarts=0)
     fault = {"rank": 2, "signal": "SIGSTOP", "step": 13, "after_s": 0}
     broken = launch(tmp_path / "broken", 4, fault, settings={"run__timeout_seconds": 5})
     broken.done.ok()
@@ -48,7 +47,7 @@ def test_a_rank_that_stands_still_is_noticed_and_the_run_ends_like_the_unbroken_
         assert 0 < path.stat().st_mtime - strike["time"] < 5 + 3, "noticed in time"
     assert len(re.findall(r"error: rank \d: no progress for 5 s", broken.done.err)) == 3
     assert [start["step"] for start in broken.starts] == [0, 12]
-    require_equal(broken, whole)
+    require_equal(broken, unbroken(4))
 
 
 def test_one_process_is_left_to_its_owner(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -23,6 +23,7 @@ from fer_dist.models import FaceModel
 from fer_dist.serve.artifact import onnx_metadata
 from fer_dist.serve.dataset import Pictures, open_data
 from fer_dist.serve.runner import Runner, open_runner
+from tests.helpers.shared import shared_folder
 from tests.helpers.tiny_models import make_lively, tiny_model
 
 SHORTER: dict[str, dict[str, Any]] = {
@@ -45,8 +46,11 @@ def lively(arch: str) -> FaceModel:
 
 @cache
 def graph_of(arch: str) -> onnx.ModelProto:
-    """Export `lively(arch)` in float32, once per session. The graph must not be changed."""
-    return to_onnx(lively(arch), SHA256)
+    """Export `lively(arch)` in float32, once per run of pytest. The graph must not be changed."""
+    folder = shared_folder(
+        f"graph-{arch}", lambda new: (new / "graph.onnx").write_bytes(to_onnx(lively(arch), SHA256).SerializeToString())
+    )
+    return onnx.load(folder / "graph.onnx")
 
 
 def copied(model: onnx.ModelProto) -> onnx.ModelProto:

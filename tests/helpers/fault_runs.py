@@ -16,6 +16,7 @@ from fer_dist.config import Config
 from fer_dist.engine import step, trainer
 from fer_dist.engine.trainer import Result, fit
 from tests.helpers.processes import TIMEOUT_S, TORCHRUN, WORKERS, Done, Process
+from tests.helpers.shared import shared_folder
 from tests.helpers.small_runs import everything, no_pictures, plain_lines, same, starts, state_hash
 
 FAULT = str(WORKERS / "fault_worker.py")
@@ -112,6 +113,18 @@ def end(out: Path, process: Process, patience: float = TIMEOUT_S) -> Launch:
     while (alive := process.alive()) and time.monotonic() < deadline:
         time.sleep(0.1)
     return Launch(out=out, done=done, alive=alive)
+
+
+def unbroken(ranks: int, arch: str = "patt_lite") -> Launch:
+    """Return a run that nothing has broken; each is trained once per run of pytest."""
+
+    def train(folder: Path) -> None:
+        found = launch(folder, ranks, {}, arch=arch, restarts=0)
+        found.done.ok()
+        assert [start["step"] for start in found.starts] == [0]
+
+    folder = shared_folder(f"unbroken-{ranks}-{arch}", train)
+    return Launch(out=folder, done=Done(code=0, out="", err=""), alive=[])
 
 
 def require_whole(launch: Launch) -> None:

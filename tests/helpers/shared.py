@@ -4,20 +4,20 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from filelock import FileLock
 
+SHARED = "TEST_SHARED_FOLDER"
+"""Environment variable: a temporary folder of this run of pytest, set by tests/conftest.py."""
 
-def shared_folder(factory: pytest.TempPathFactory, name: str, fill: Callable[[Path], object]) -> Path:
-    """Return a folder that is filled once per run of pytest.
+
+def shared_folder(name: str, fill: Callable[[Path], object]) -> Path:
+    """Return a folder that is filled once per run of pytest; it is to be read only.
 
     Args:
-        factory: the fixture `tmp_path_factory`.
-        name: unique among all shared folders.
+        name: unique among the shared folders.
         fill: writes into the folder; not called where another process has done so. If it fails, the next one tries.
     """
-    root = factory.getbasetemp()
-    folder = (root.parent if "PYTEST_XDIST_WORKER" in os.environ else root) / f"shared-{name}"
+    folder = Path(os.environ[SHARED]) / name.replace(":", "-")
     with FileLock(f"{folder}.lock"):
         if not folder.exists():
             new = folder.with_name(f"{folder.name}.new")
