@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shlex
 import socket
 import sys
 import uuid
@@ -49,6 +50,10 @@ def connected(address: str, cpus: int | None) -> Iterator[None]:
     # What Ray prints of dead workers is long, and the ledger has it.
     logging.getLogger("ray").setLevel(logging.CRITICAL)
     options: dict[str, Any] = {"logging_level": "ERROR", "log_to_driver": False}
+    if (python := shlex.quote(sys.executable)) != sys.executable:
+        # Ray 2.60 puts the path of the interpreter into a shell command without quotes: with a blank in it no worker of
+        # a trial starts, and the search waits forever.
+        options["runtime_env"] = {"py_executable": python}
     if not address:
         cores = cpus or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count())
         options |= {"num_cpus": cores, "include_dashboard": False, "object_store_memory": STORE_BYTES}

@@ -127,6 +127,9 @@ class Process:
             out, err = self.read()
             message = f"still running after {timeout_s} s\n--- stdout\n{out}\n--- stderr\n{err}"
             raise AssertionError(message) from None
+        deadline = time.monotonic() + 30
+        while code < 0 and self.alive() and time.monotonic() < deadline:
+            time.sleep(0.05)  # ranks outlive a killed launcher, and print why they end
         out, err = self.read()
         for file in self._output:
             file.close()

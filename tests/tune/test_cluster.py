@@ -1,6 +1,8 @@
 """Resources of a Ray cluster and the data on its nodes."""
 
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -78,6 +80,18 @@ class Here:
 
     def options(self, **_: object) -> "Here":
         return self
+
+
+@pytest.mark.parametrize("folder", ["/opt/plain", "/opt/with blanks"])
+def test_an_interpreter_with_blanks_in_its_path_is_quoted(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray 2.60 runs it in a shell command; without quotes no worker of a trial starts."""
+    options: dict[str, Any] = {}
+    monkeypatch.setattr(ray, "init", lambda address, **given: options.update(given))
+    monkeypatch.setattr(sys, "executable", f"{folder}/bin/python")
+    with cluster.connected("", 1):
+        pass
+    expected = {"py_executable": "'/opt/with blanks/bin/python'"} if "blanks" in folder else None
+    assert options.get("runtime_env") == expected
 
 
 def test_every_node_reads_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
