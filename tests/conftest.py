@@ -22,7 +22,8 @@ TIME_FACTOR = float(os.environ.get("TEST_TIME_FACTOR", "1"))
 LIMIT_S, SLOW_LIMIT_S = 60 * TIME_FACTOR, 300 * TIME_FACTOR
 """How long a test of the first and of the second tier may take, its fixtures excluded."""
 LONG_S = 10 * TIME_FACTOR
-"""A test of the first tier that takes longer makes the session fail."""
+"""A test of the first tier that takes longer is reported, and makes the session fail where the factor is set, as in CI:
+elsewhere nothing is known of the processor."""
 
 # A machine that is lent for its GPU may lack ONNX Runtime: `pytest -m gpu` runs the rest there.
 collect_ignore_glob = (
@@ -120,12 +121,12 @@ def pytest_collection_finish(session: pytest.Session) -> None:
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
-    """Fail the session for a long test of the first tier, and end processes that a failed test has left."""
+    """Fail the session for a long test of the first tier in CI, and end processes that a failed test has left."""
     if "tests.helpers.processes" in sys.modules:
         from tests.helpers import processes
 
         processes.kill_leftovers()
-    if exitstatus == pytest.ExitCode.OK and _long_tests:
+    if exitstatus == pytest.ExitCode.OK and _long_tests and "TEST_TIME_FACTOR" in os.environ:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
