@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 from pathlib import Path
@@ -196,7 +197,7 @@ def test_without_scontrol(cluster: Cluster, tmp_path: Path) -> None:
     for name in ("bash", "srun", "date", "hostname", "sed", "head", "dirname", "timeout", "sleep", "env"):
         (tmp_path / name).symlink_to(cluster.run("which", name).strip())
     setup = tmp_path / "site.sh"
-    setup.write_text(f"PATH={tmp_path}\nFER_PYTHON={cluster.python}\n")
+    setup.write_text(f"PATH={tmp_path}\nFER_PYTHON={shlex.quote(cluster.python)}\n")
     job = cluster.train("container", STOP_STEP="3", FER_SETUP=str(setup))
     log = require_failed(job, 75)
     assert "RequeueExit=75" in log
