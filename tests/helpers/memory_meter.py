@@ -5,7 +5,6 @@ import resource
 import signal
 import time
 from collections.abc import Callable
-from multiprocessing import forkserver
 from multiprocessing.connection import Connection
 from pathlib import Path
 
@@ -23,7 +22,6 @@ READERS: dict[str, Callable[[Path], object]] = {
 }
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["pytest", "pyarrow.parquet", __name__])  # shared by its children: not a growth
-forkserver.ensure_running()  # it imports torch meanwhile, and no test has to wait for that
 
 
 def read_within(reader: str, path: Path, expected: str, *, max_mib: int, max_seconds: float = 5) -> None:
