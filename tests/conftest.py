@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from tests.helpers.shared import SHARED
+
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from xdist.scheduler import LoadFileScheduling
@@ -45,7 +47,7 @@ for _name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_AD
 def pytest_configure(config: pytest.Config) -> None:
     """Make the folder that the processes of pytest-xdist share, and in it the cache of decoded data sets."""
     if not hasattr(config, "workerinput"):
-        folder = os.environ["TEST_SHARED_FOLDER"] = tempfile.mkdtemp(prefix="fer_dist_tests_")
+        folder = os.environ[SHARED] = tempfile.mkdtemp(prefix="fer_dist_tests_")
         os.environ["FER_DIST_CACHE"] = f"{folder}/cache"  # never the user's own
         config.add_cleanup(lambda: shutil.rmtree(folder, ignore_errors=True))
 
@@ -114,17 +116,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 def pytest_collection_finish(session: pytest.Session) -> None:
     """Start the server of warm processes while the first tests run, if a test uses it."""
-    if "tests.helpers.processes" in sys.modules and session.items and not session.config.option.collectonly:
-        from tests.helpers import processes
-
+    processes = sys.modules.get("tests.helpers.processes")
+    if processes and session.items and not session.config.option.collectonly:
         processes.start_server()
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     """Fail the session for a long test of the first tier in CI, and end processes that a failed test has left."""
-    if "tests.helpers.processes" in sys.modules:
-        from tests.helpers import processes
-
+    if processes := sys.modules.get("tests.helpers.processes"):
         processes.kill_leftovers()
     if exitstatus == pytest.ExitCode.OK and _long_tests and "TEST_TIME_FACTOR" in os.environ:
         session.exitstatus = pytest.ExitCode.TESTS_FAILED
@@ -148,12 +147,15 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
         terminalreporter.line(f"over {LONG_S:.0f} s, too long for a test without the mark `slow`: {line}", red=True)
 
 
-def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip a test marked `gpu` where there is none, and wait until warm processes can be started."""
-    if "tests.helpers.processes" in sys.modules:
-        from tests.helpers import processes
+@pytest.fixture(scope="session", autouse=True)
+def warm_server() -> None:
+    """Wait until a warm process starts at once, so that this is not in the time of a test."""
+    if processes := sys.modules.get("tests.helpers.processes"):
+        processes.python("-c", "")
 
-        processes.wait_for_server()
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test marked `gpu` on a machine without a CUDA device."""
     if item.get_closest_marker("gpu") is not None:
         import torch
 

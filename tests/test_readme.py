@@ -80,9 +80,9 @@ def shortened(command: str) -> list[str]:
         return shlex.split(f"{command} {SHORT} --trials 2 --model.pretrained false --model.image_size 48 --cpus 2")
     if "fer_dist.train" not in command or "--help" in command or "--print-config" in command:
         return shlex.split(command)
-    config = re.search(r"--config (\w+)|$", command)
+    config = re.search(r"--config (\w+)", command)
     short = SHORT.replace("--train.epochs 1", "--train.epochs 2") if "--run.resume" in command else SHORT
-    tiny = TINY.get((config and config[1]) or "", "")
+    tiny = TINY.get(config[1] if config else "", "")
     return shlex.split(f"{command} {short} --model.pretrained false {tiny}")
 
 

@@ -173,9 +173,9 @@ def test_the_accuracy_of_a_checkpoint(config: dict[str, Any], drawn: bool, words
 def test_the_accuracy_of_an_exported_file(parity: dict[str, Any], words: str, tmp_path: Path) -> None:
     """It is the one that the gate measured on the artifact itself."""
     parity = {"meaningful": True, "accuracy_candidate": 0.66, **parity}
-    beside = mock.Mock(parity=parity, data={"data": {"path": "a"}})
+    sidecar = mock.Mock(parity=parity, data={"data": {"path": "a"}})
     with (
         open_runner(write(tmp_path, tiny_onnx()), provider="cpu") as runner,
-        mock.patch("fer_dist.serve.measured.read_beside", return_value=beside),
+        mock.patch("fer_dist.serve.measured.read_beside", return_value=sidecar),
     ):
         assert words in str(measured(runner))

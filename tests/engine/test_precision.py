@@ -61,7 +61,7 @@ def test_channels_last(channels_last: bool) -> None:
     rig = Rig(settings(train__channels_last=channels_last))
     watch = Watch(rig.layer("features.1"))
     rig.step()
-    # Only a weight with more than one channel and more than one pixel tells the formats apart.
+    # Only a weight with more than one channel and more than one pixel differs between the formats.
     weight = rig.state.model.network.get_parameter("features.0.0.weight")
     assert weight.is_contiguous(memory_format=torch.channels_last) == channels_last
     assert weight.is_contiguous() != channels_last
@@ -108,7 +108,7 @@ def test_micro_batch_cuts_the_forward_pass_and_not_the_step() -> None:
 
 
 def test_when_batch_norm_is_synchronised() -> None:
-    """On several GPUs, where asked for or where a rank's norms see fewer than 16 pictures at once."""
+    """On several GPUs, if requested or if the norms of a rank see fewer than 16 pictures at once."""
     for mode, global_batch, micro_batch, size, device, expected in (
         ("auto", 60, None, 4, "cuda", "sees 15 pictures"),
         ("auto", 64, 8, 2, "cuda", "sees 8 pictures"),

@@ -120,8 +120,8 @@ def test_an_engine_that_is_executed_is_judged_itself(good: bool, copy: Path, mon
     else:
         with pytest.raises(Rejected, match=r"best\.engine"):
             export(wish, Executing())
-    (beside,) = opened
-    assert (beside.kind, beside.batch, beside.parent) == ("engine", (1, 8, 64), "best.onnx"), "a runner needs it"
+    (sidecar,) = opened
+    assert (sidecar.kind, sidecar.batch, sidecar.parent) == ("engine", (1, 8, 64), "best.onnx"), "a runner needs it"
     report = sidecar_of(copy / ("best.engine" if good else "best.engine.rejected"))["parity"]
     assert (report["executed"], report["passed"]) == (True, good)
     assert report["candidate"].startswith("best.engine (")

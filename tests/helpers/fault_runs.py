@@ -15,7 +15,7 @@ from unittest import mock
 from fer_dist.config import Config
 from fer_dist.engine import step, trainer
 from fer_dist.engine.trainer import Result, fit
-from tests.helpers.processes import TIMEOUT_S, TORCHRUN, WORKERS, Done, Process
+from tests.helpers.processes import TORCHRUN, WORKERS, Done, Process
 from tests.helpers.shared import shared_folder
 from tests.helpers.small_runs import everything, no_pictures, plain_lines, same, starts, state_hash
 
@@ -73,20 +73,9 @@ class Launch:
         return len(steps) - len(set(steps))
 
 
-def launch(
-    out: Path,
-    ranks: int,
-    fault: dict[str, Any],
-    *,
-    arch: str = "patt_lite",
-    settings: dict[str, Any] | None = None,
-    restarts: int = 1,
-    slow_s: float = 0.0,
-    patience: float = TIMEOUT_S,
-) -> Launch:
-    """Run the worker under torchrun, wait for its end, and look what outlives it."""
-    process = begin(out, ranks, fault, arch=arch, settings=settings, restarts=restarts, slow_s=slow_s)
-    return end(out, process, patience)
+def launch(out: Path, ranks: int, fault: dict[str, Any], **options: Any) -> Launch:
+    """Run the worker under torchrun, wait for its end, and list processes that outlive it; options: see `begin`."""
+    return end(out, begin(out, ranks, fault, **options))
 
 
 def begin(
@@ -99,16 +88,23 @@ def begin(
     restarts: int = 1,
     slow_s: float = 0.0,
 ) -> Process:
-    """The same, still running."""
+    """Start the worker under torchrun; it still runs when this returns.
+
+    Args:
+        fault: see `tests/workers/fault_worker.py`.
+        settings: over those of `small_runs.stateful`.
+        restarts: how often torchrun starts the ranks again.
+        slow_s: how long each event of a save takes [s].
+    """
     out.mkdir(parents=True, exist_ok=True)
     flags = ["--standalone", f"--nproc_per_node={ranks}", f"--max-restarts={restarts}"]
     words = [FAULT, str(out), arch, json.dumps(settings or {}), json.dumps(fault)]
     return Process([*TORCHRUN, *flags, *words], env={"SLOW_S": str(slow_s)})
 
 
-def end(out: Path, process: Process, patience: float = TIMEOUT_S) -> Launch:
-    """Wait for the end of a launch, and look what outlives it."""
-    done = process.wait(patience)
+def end(out: Path, process: Process) -> Launch:
+    """Wait for the end of a launch, and list processes that outlive it."""
+    done = process.wait()
     deadline = time.monotonic() + 5
     while (alive := process.alive()) and time.monotonic() < deadline:
         time.sleep(0.1)

@@ -24,6 +24,7 @@ WORKERS = ROOT / "tests" / "workers"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run"]
 TIMEOUT_S = 240 * float(os.environ.get("TEST_TIME_FACTOR", "1"))
 """How long a launch, a search or a job may take, start-up on busy cores included."""
+MARKED = f"{warm_python.MARK}=".encode()
 FRESH = bool(os.environ.get("TEST_FRESH_PROCESSES"))
 """Start a new interpreter for each process, as `make coverage` requires."""
 
@@ -42,7 +43,8 @@ class Done:
         return self
 
 
-_started: list["Process"] = []
+_marks: set[str] = set()
+"""Of all processes that were started here."""
 _servers: list[subprocess.Popen[bytes]] = []
 
 
@@ -82,7 +84,7 @@ class Process:
                 files = [nothing.fileno(), *(file.fileno() for file in self._output)]
                 self._process = warm_python.start(command[1:], files, cwd or ROOT, environment)
 
-        _started.append(self)
+        _marks.add(self._mark)
 
     @property
     def pid(self) -> int:
@@ -94,18 +96,7 @@ class Process:
 
     def alive(self) -> list[int]:
         """Return the processes of this command that still run, itself among them."""
-        found = []
-        for folder in Path("/proc").glob("[0-9]*"):
-            try:
-                environment = (folder / "environ").read_bytes().split(b"\0")
-                mine = f"{warm_python.MARK}={self._mark}".encode() in environment
-                mine = mine or (folder / "comm").read_text().strip() == self._mark
-                state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
-            except OSError:  # it has ended meanwhile
-                continue
-            if mine and state != "Z":
-                found.append(int(folder.name))
-        return found
+        return running({self._mark})
 
     def read(self) -> tuple[str, str]:
         """Return what it has printed so far to stdout and stderr."""
@@ -147,22 +138,31 @@ def start_server() -> None:
     _servers.append(subprocess.Popen(command, stdin=subprocess.DEVNULL, env=environment))
 
 
-def wait_for_server() -> None:
-    """Wait until a warm process starts at once."""
-    while (path := os.environ.get(warm_python.ADDRESS)) and not Path(path).exists():
-        time.sleep(0.01)
-
-
 def kill_leftovers() -> None:
     """End the server and the processes of tests that failed before they could."""
     for server in _servers:
         server.kill()
         server.wait()
         shutil.rmtree(Path(os.environ.pop(warm_python.ADDRESS)).parent)
-    for process in _started:
-        for pid in process.alive():
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+    for pid in running(_marks):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def running(marks: set[str]) -> list[int]:
+    """Return the processes that carry one of the marks: in their environment, or as the name of a fork."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (folder / "environ").read_bytes().split(b"\0")
+            own = {x.decode(errors="replace").partition("=")[2] for x in environment if x.startswith(MARKED)}
+            own.add((folder / "comm").read_text().strip())
+            state = (folder / "stat").read_text().rpartition(")")[2].split()[0]
+        except OSError:  # it has ended meanwhile
+            continue
+        if own & marks and state != "Z":
+            found.append(int(folder.name))
+    return found
 
 
 def python(*command: str, cwd: Path | None = None, env: Mapping[str, str] | None = None, fresh: bool = False) -> Done:

@@ -147,9 +147,9 @@ def test_a_missing_or_broken_package_is_an_error(
 
 
 def test_the_most_confident_box_of_each_face_is_kept() -> None:
-    sure, corner, beside = (Found(Box(x, y, 100, 100), p) for x, y, p in ((0, 0, 0.9), (80, 80, 0.65), (110, 0, 0.6)))
+    sure, corner, right = (Found(Box(x, y, 100, 100), p) for x, y, p in ((0, 0, 0.9), (80, 80, 0.65), (110, 0, 0.6)))
     shifted, within = Found(Box(10, 5, 100, 100), 0.8), Found(Box(20, 20, 40, 40), 0.7)
-    assert faces._distinct([corner, beside, within, shifted, sure]) == [sure, corner, beside]
+    assert faces._distinct([corner, right, within, shifted, sure]) == [sure, corner, right]
 
 
 # Crops
