@@ -43,8 +43,7 @@ class Done:
         return self
 
 
-_marks: set[str] = set()
-"""Of all processes that were started here."""
+_started: list["Process"] = []
 _servers: list[subprocess.Popen[bytes]] = []
 
 
@@ -63,8 +62,9 @@ class Process:
         env: Mapping[str, str] | None = None,
         fresh: bool = False,
     ) -> None:
-        self._mark = f"t{uuid.uuid4().hex[:14]}"  # the kernel keeps 15 characters of a process's name
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), warm_python.MARK: self._mark, **(env or {})}
+        start_server()
+        self.mark = f"t{uuid.uuid4().hex[:14]}"  # the kernel keeps 15 characters of a process's name
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), warm_python.MARK: self.mark, **(env or {})}
         self._process: subprocess.Popen[str]
         self._output = tempfile.TemporaryFile(), tempfile.TemporaryFile()  # noqa: SIM115
         warm = command[0] == sys.executable and (command[1] in ("-m", "-c", "-u") or command[1][0] != "-")
@@ -79,12 +79,11 @@ class Process:
                 text=True,
             )
         else:
-            start_server()
             with Path(os.devnull).open() as nothing:
                 files = [nothing.fileno(), *(file.fileno() for file in self._output)]
                 self._process = warm_python.start(command[1:], files, cwd or ROOT, environment)
 
-        _marks.add(self._mark)
+        _started.append(self)
 
     @property
     def pid(self) -> int:
@@ -96,7 +95,8 @@ class Process:
 
     def alive(self) -> list[int]:
         """Return the processes of this command that still run, itself among them."""
-        return running({self._mark})
+        itself = set() if self._process.poll() is not None else {self.pid}  # torchrun renames itself
+        return sorted(running({self.mark}) | itself)
 
     def read(self) -> tuple[str, str]:
         """Return what it has printed so far to stdout and stderr."""
@@ -144,14 +144,16 @@ def kill_leftovers() -> None:
         server.kill()
         server.wait()
         shutil.rmtree(Path(os.environ.pop(warm_python.ADDRESS)).parent)
-    for pid in running(_marks):
+    for process in _started:
+        process.send(signal.SIGKILL)
+    for pid in running({process.mark for process in _started}):
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
-def running(marks: set[str]) -> list[int]:
+def running(marks: set[str]) -> set[int]:
     """Return the processes that carry one of the marks: in their environment, or as the name of a fork."""
-    found = []
+    found = set()
     for folder in Path("/proc").glob("[0-9]*"):
         try:
             environment = (folder / "environ").read_bytes().split(b"\0")
@@ -161,7 +163,7 @@ def running(marks: set[str]) -> list[int]:
         except OSError:  # it has ended meanwhile
             continue
         if own & marks and state != "Z":
-            found.append(int(folder.name))
+            found.add(int(folder.name))
     return found
 
 
