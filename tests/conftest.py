@@ -23,6 +23,8 @@ TIME_FACTOR = float(os.environ.get("TEST_TIME_FACTOR", "1"))
 """Multiplies the time limits below, for a slow or a busy machine."""
 LIMIT_S, SLOW_LIMIT_S = 60 * TIME_FACTOR, 300 * TIME_FACTOR
 """How long a test of the first and of the second tier may take, its fixtures excluded."""
+LONG_FILES = ("tests/slurm/", "tests/tune/test_faults.py", "tests/test_readme.py", "tests/faults/test_resume.py")
+"""They begin first, so that at the end no process of pytest-xdist waits for another that has begun one of them late."""
 LONG_S = 10 * TIME_FACTOR
 """A test of the first tier that takes longer is reported, and makes the session fail where the factor is set, as in CI:
 elsewhere nothing is known of the processor."""
@@ -107,7 +109,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> "LoadFileSch
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give each test the time limit of its tier; soak tests have none."""
+    """Put the long files first, and give each test the time limit of its tier; soak tests have none."""
+    items.sort(key=lambda item: not item.nodeid.startswith(LONG_FILES))
     for item in items:
         if item.get_closest_marker("soak") is None and item.get_closest_marker("timeout") is None:
             slow = item.get_closest_marker("slow") is not None

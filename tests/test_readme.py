@@ -77,7 +77,7 @@ def shortened(command: str) -> list[str]:
     if "--precision" in command and "export" in command:
         return shlex.split(f"{command} --tolerance agreement=0,accuracy=1,kl=9 --calibration 16")
     if "tune.search" in command and "--resume" not in command:
-        return shlex.split(f"{command} {SHORT} --trials 2 --model.pretrained false --model.image_size 48 --cpus 2")
+        return shlex.split(f"{command} {SHORT} --trials 1 --model.pretrained false --model.image_size 48 --cpus 1")
     if "fer_dist.train" not in command or "--help" in command or "--print-config" in command:
         return shlex.split(command)
     config = re.search(r"--config (\w+)", command)

@@ -208,7 +208,7 @@ class Cluster:
         self._boot.stdin.flush()
         self._hear()
 
-    def until(self, seen: Callable[[], object], what: str, limit_s: float = 45.0) -> None:
+    def until(self, seen: Callable[[], object], what: str, limit_s: float = TIMEOUT_S) -> None:
         """Wait for something."""
         deadline = time.monotonic() + limit_s
         while not seen():

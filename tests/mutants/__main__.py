@@ -64,7 +64,9 @@ def outcome(entry: dict[str, Any], revision: str, key: str) -> tuple[str, str]:
             return "invalid", f": `find` occurs {text.count(entry['find'])} times"
         path.write_text(text.replace(entry["find"], entry["replace"]), encoding="utf-8")
         code = run_pytest(shlex.split(entry[key]), folder)
-        if code in (0, 1, 124):  # a mutant that hangs is noticed, too
+        if code == 124:  # a mutant that hangs is noticed, too
+            return "killed", f" (no end within {LIMIT_S} s)"
+        if code in (0, 1):
             return ("survived" if code == 0 else "killed"), ""
         return "invalid", f": pytest ended with exit code {code}"
     finally:
