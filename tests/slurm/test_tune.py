@@ -13,7 +13,8 @@ pytestmark = pytest.mark.slow
 
 SEARCH = (
     "--data.embedded_train", "140", "--data.embedded_val", "70", "--train.epochs", "3", "--train.global_batch", "16",
-    "--model.image_size", "32", "--run.tensorboard", "false", "--searcher", "random", "--scheduler", "none",
+    "--model.image_size", "32", "--model.options.width_mult", "0.25", "--run.tensorboard", "false",
+    "--searcher", "random", "--scheduler", "none",
 )  # fmt: skip
 STRANGER = 'import sys, ray; ray.init(sys.argv[1], logging_level="ERROR"); print("let in")'
 
