@@ -1,15 +1,11 @@
-"""A SLURM of two nodes on this machine, until standard input ends: `slurm_boot.py FOLDER PROCTRACK own|shared GPUS`.
+"""A SLURM of two nodes on this machine, until standard input ends: `slurm_boot.py FOLDER PROCTRACK GPUS`.
 
-Started by `tests.helpers.slurm_cluster`, as root. "own": inside namespaces of its own, where each node has a network,
-a host name and mounts of its own; the end of this process is the end of all that it has started. "shared": on the
-loopback of the machine, on ports that are free, and at the end all that carries the mark of this cluster is killed.
+Started by `tests.helpers.slurm_cluster`, as root, as the first process of a PID namespace: its end is the end of all
+that it has started. Each node has a network, a host name and mounts of its own.
 """
 
-import contextlib
 import os
 import random
-import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,26 +17,17 @@ CPUS = 4
 BOOT_S = 30 * float(os.environ.get("TEST_TIME_FACTOR", "1"))
 
 
-def free_port() -> int:
-    """A TCP port that nobody listens on now."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
-
-
 class Boot:
     """The daemons of a cluster."""
 
-    def __init__(self, folder: Path, proctrack: str, own: bool, gpus: int) -> None:
-        self.folder, self.proctrack, self.own, self.gpus = folder, proctrack, own, gpus
+    def __init__(self, folder: Path, proctrack: str, gpus: int) -> None:
+        self.folder, self.proctrack, self.gpus = folder, proctrack, gpus
         self.slurmds: dict[str, subprocess.Popen[bytes]] = {}
 
     def start(self) -> None:
         """Everything up, or an exception."""
         (self.folder / "state").mkdir()
-        if self.own:
-            self._private_machine()
+        self._private_machine()
         self._gpu_devices()
         self._munge()
         self._configure()
@@ -88,19 +75,13 @@ class Boot:
 
     def _configure(self) -> None:
         text = (Path(__file__).with_name("slurm.conf")).read_text()
-        control = "control" if self.own else socket.gethostname()
         nodes = []
         for number, node in enumerate(NODES, 1):
-            where = f"NodeAddr=10.77.0.{10 + number}" if self.own else f"NodeHostname={control} NodeAddr=127.0.0.1"
-            port = 6818 if self.own else free_port()
             gres = f" Gres=gpu:{self.gpus}" if self.gpus else ""
-            nodes.append(f"NodeName={node} {where} Port={port} CPUs={CPUS} RealMemory=4000{gres}")
+            nodes.append(f"NodeName={node} NodeAddr=10.77.0.{10 + number} CPUs={CPUS} RealMemory=4000{gres}")
         values = {
             "FOLDER": str(self.folder),
-            "CONTROL": f"{control}({'10.77.0.1' if self.own else '127.0.0.1'})",
-            "PORT": str(6817 if self.own else free_port()),
-            # Another one in each cluster: jobs of two that run at once share /tmp, the freezer, and without
-            # namespaces the ports that follow from the number.
+            # Another one in each cluster: jobs of two that run at once share /tmp and the freezer.
             "FIRST": str(random.randrange(1000, 60_000_000)),
             "PROCTRACK": self.proctrack,
             "GRES": "GresTypes=gpu" if self.gpus else "",
@@ -115,9 +96,6 @@ class Boot:
 
     def node(self, number: int, node: str) -> None:
         command = ["slurmd", "-D", "-N", node]
-        if not self.own:
-            self.slurmds[node] = self._daemon(node, *command)
-            return
         # A name and a network of its own; it waits for its cable.
         script = f"hostname {node}; ip link set lo up; read -r go; exec {' '.join(command)}"
         inner = ["unshare", "--net", "--uts", "--mount", "sh", "-c", script]
@@ -157,35 +135,16 @@ class Boot:
         return done.stdout.split()
 
 
-def kill_marked(mark: str) -> None:
-    """SIGKILL for all that carry the mark in their environment, but this process."""
-    for _ in range(50):
-        found = 0
-        for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError, ProcessLookupError):
-                if int(folder.name) != os.getpid() and mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
-                    os.kill(int(folder.name), signal.SIGKILL)
-                    found += 1
-        if not found:
-            return
-        time.sleep(0.05)
-
-
 def main() -> None:
-    folder, proctrack, mode, gpus = Path(sys.argv[1]), sys.argv[2], sys.argv[3], int(sys.argv[4])
-    boot = Boot(folder, proctrack, mode == "own", gpus)
-    try:
-        boot.start()
-        told = " ".join(f"{node}={process.pid}" for node, process in boot.slurmds.items())
-        print(f"up {told}", flush=True)
-        for line in sys.stdin:  # "node2": this node is started once more
-            node = line.strip()
-            if boot.own:
-                subprocess.run(["ip", "link", "del", f"cable{NODES.index(node) + 1}"], check=False, capture_output=True)
-            boot.node(NODES.index(node) + 1, node)
-            print(f"up {node}={boot.slurmds[node].pid}", flush=True)
-    finally:
-        kill_marked(f"FER_SLURM_TEST={os.environ['FER_SLURM_TEST']}")
+    boot = Boot(Path(sys.argv[1]), sys.argv[2], int(sys.argv[3]))
+    boot.start()
+    nodes = " ".join(f"{node}={process.pid}" for node, process in boot.slurmds.items())
+    print(f"up {nodes}", flush=True)
+    for line in sys.stdin:  # "node2": this node is started once more
+        number = NODES.index(line.strip()) + 1
+        subprocess.run(["ip", "link", "del", f"cable{number}"], check=False, capture_output=True)
+        boot.node(number, line.strip())
+        print(f"up {line.strip()}={boot.slurmds[line.strip()].pid}", flush=True)
 
 
 if __name__ == "__main__":

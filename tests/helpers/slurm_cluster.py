@@ -17,7 +17,7 @@ from typing import Any, Self
 from tests.conftest import ROOT
 from tests.helpers.processes import TIMEOUT_S
 
-NEEDED = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "munged")
+NEEDED = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "munged", "ip", "nsenter")
 FREEZER = Path("/sys/fs/cgroup/freezer")
 NAMESPACES = ("unshare", "--mount", "--net", "--uts", "--pid", "--fork", "--kill-child", "--mount-proc")
 TRAINING = (
@@ -35,17 +35,14 @@ def missing() -> str:
     if sys.platform != "linux":
         return "SLURM runs on Linux"
     if lacking := [name for name in NEEDED if shutil.which(name) is None]:
-        return f"needs {', '.join(lacking)} (Debian: slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge)"
-    return "" if os.geteuid() == 0 else "slurmd and munged are started as root"
-
-
-def namespaces() -> bool:
-    """Whether a cluster can have namespaces of its own, with a bridge and cables."""
-    if shutil.which("ip") is None or shutil.which("nsenter") is None or os.environ.get("FER_SLURM_SHARED"):
-        return False
+        return (
+            f"needs {', '.join(lacking)} (Debian: slurmctld slurmd slurm-client slurm-wlm-basic-plugins munge iproute2)"
+        )
+    if os.geteuid() != 0:
+        return "slurmd and munged are started as root"
     probe = "ip link add br0 type bridge && ip link add cable type veth peer name end"
-    done = subprocess.run([*NAMESPACES, "sh", "-c", probe], capture_output=True, timeout=30, check=False)
-    return done.returncode == 0
+    done = subprocess.run([*NAMESPACES, "sh", "-c", probe], capture_output=True, text=True, timeout=30, check=False)
+    return f"SLURM's nodes need namespaces and a bridge: {done.stderr.strip()}" if done.returncode else ""
 
 
 def no_freezer() -> str:
@@ -65,7 +62,6 @@ class Cluster:
     Attributes:
         folder: of the cluster itself.
         work: where jobs are submitted from; it holds a copy of slurm/.
-        own: whether it has namespaces of its own.
         python: the interpreter of the jobs.
     """
 
@@ -75,7 +71,6 @@ class Cluster:
         self.folder = Path(tempfile.mkdtemp(prefix="fer_slurm_", dir="/tmp"))
         self.folder.chmod(0o755)
         self.work = self.folder / "work"
-        self.own = namespaces()
         self._jobs: list[str] = []
         self._mark = uuid.uuid4().hex
         bin_folder = Path(sys.executable).parent
@@ -87,10 +82,9 @@ class Cluster:
             "PYTHONPATH": f"{ROOT}:{SLOW}",
             "FER_DIST_CACHE": str(self.folder / "cache"),
         }
-        prefix = [*NAMESPACES, "--"] if self.own else []
-        words = [str(self.folder), proctrack, "own" if self.own else "shared", str(gpus)]
+        words = [str(self.folder), proctrack, str(gpus)]
         self._boot = subprocess.Popen(
-            [*prefix, sys.executable, str(Path(__file__).with_name("slurm_boot.py")), *words],
+            [*NAMESPACES, "--", sys.executable, str(Path(__file__).with_name("slurm_boot.py")), *words],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -149,8 +143,6 @@ class Cluster:
 
     def _inside(self) -> list[str]:
         """Words that run a command where the daemons are."""
-        if not self.own:
-            return []
         (inner,) = Path(f"/proc/{self._boot.pid}/task/{self._boot.pid}/children").read_text().split()
         return ["nsenter", "-t", inner, "-m", "-n", "-u", "-p", f"--wd={self.work}", "--"]
 
@@ -158,7 +150,6 @@ class Cluster:
         """What a command prints, run on the control node in the folder of the user."""
         done = subprocess.run(
             [*self._inside(), *command],
-            cwd=None if self.own else self.work,
             env=self._environment | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -171,7 +162,6 @@ class Cluster:
 
     def on(self, node: str, *command: str) -> str:
         """What a command prints, run in the namespaces of a node."""
-        assert self.own, "nodes without namespaces are this machine"
         return self.run("nsenter", "-t", self._nodes[node], "-m", "-n", "-u", "--", *command)
 
     def submit(self, *words: str, **environment: Any) -> "Job":
@@ -194,10 +184,8 @@ class Cluster:
 
     def kill_node(self, node: str) -> None:
         """The daemon of a node and all that runs there, at once, as when its power goes."""
-        theirs = f"grep -qsz '^SLURMD_NODENAME={node}$' $p/environ"
-        if self.own:  # whatever sees its network
-            network = self.run("readlink", f"/proc/{self._nodes[node]}/ns/net").strip()
-            theirs = f'[ "$(readlink $p/ns/net)" = "{network}" ]'
+        network = self.run("readlink", f"/proc/{self._nodes[node]}/ns/net").strip()
+        theirs = f'[ "$(readlink $p/ns/net)" = "{network}" ]'
         script = f"kill -9 {self._nodes[node]}; for p in /proc/[0-9]*; do {theirs} && kill -9 ${{p#/proc/}}; done; true"
         self.run("sh", "-c", script)
 

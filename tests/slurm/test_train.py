@@ -32,10 +32,9 @@ def test_two_nodes_are_one(cluster: Cluster, unbroken: Path) -> None:
     runs, cache = cluster.work / "runs", cluster.folder / "cache"
     runs.mkdir(exist_ok=True)
     cache.mkdir(exist_ok=True)
-    if cluster.own:
-        read_only = f"mount --bind {runs} {runs} && mount -o remount,bind,ro {runs}"
-        cluster.on("node2", "sh", "-c", f"{read_only} && mount -t tmpfs none {cache}")
-        assert "Read-only" in cluster.on("node2", "sh", "-c", f"touch {runs}/x 2>&1; true"), "as the test wants it"
+    read_only = f"mount --bind {runs} {runs} && mount -o remount,bind,ro {runs}"
+    cluster.on("node2", "sh", "-c", f"{read_only} && mount -t tmpfs none {cache}")
+    assert "Read-only" in cluster.on("node2", "sh", "-c", f"touch {runs}/x 2>&1; true"), "as the test wants it"
     try:
         log = cluster.train("two", nodes=2).done()
         assert "2 nodes (node[1-2])" in log
@@ -43,11 +42,9 @@ def test_two_nodes_are_one(cluster: Cluster, unbroken: Path) -> None:
         assert plain_lines(cluster.folder_of("two")) == plain_lines(unbroken), "the metrics of one node"
         require_unbroken(cluster.folder_of("two"), unbroken, begun=1)
         (entry,) = cache.iterdir()
-        if cluster.own:
-            assert cluster.on("node2", "ls", str(cache)).split() == [entry.name]
+        assert cluster.on("node2", "ls", str(cache)).split() == [entry.name]
     finally:
-        if cluster.own:
-            cluster.on("node2", "umount", str(runs), str(cache))
+        cluster.on("node2", "umount", str(runs), str(cache))
 
 
 def test_requeue(cluster: Cluster, unbroken: Path) -> None:
