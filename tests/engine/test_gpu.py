@@ -87,13 +87,9 @@ def test_nccl_with_one_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not dist.is_initialized()
 
 
-def test_torchrun_with_one_gpu_and_with_more_ranks_than_gpus(tmp_path: Path) -> None:
+def test_torchrun_with_one_gpu(tmp_path: Path) -> None:
     command = ["-m", "fer_dist.train", "--config", "demo", "--train.device", "cuda", "--run.name", "gpu"]
     command += ["--data.embedded_train", "140", "--data.embedded_val", "21", "--train.epochs", "1"]
-    ranks = torch.cuda.device_count() + 1
-    refused = torchrun(ranks, *command, cwd=tmp_path)
-    assert refused.code != 0
-    assert f"error: {ranks} ranks on a node" in refused.err
     torchrun(1, *command, cwd=tmp_path).ok()
     origin = json.loads((tmp_path / "runs" / "gpu" / "provenance.json").read_text())
     assert origin["device"] == torch.cuda.get_device_name(0)

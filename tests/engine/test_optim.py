@@ -108,12 +108,3 @@ def test_plateau_against_torch(patience: int) -> None:
         ours = resumed
         assert ours.factor(0) == pytest.approx(optimizer.param_groups[0]["lr"])
     assert ours.factor(0) < 1
-
-
-def test_set_writes_every_group_and_returns_the_rate_of_the_head() -> None:
-    model = tiny_model("patt_lite")
-    config = optim(lr=0.4, backbone_lr_scale=0.25, schedule="constant", warmup=0.5)
-    optimizer = build_optimizer(parameter_groups(model, config), config)
-    assert Schedule(config, 10).set(optimizer, 1) == pytest.approx(0.4 * 0.4)
-    for name, group in by_name(model, optimizer.param_groups).items():
-        assert group["lr"] == pytest.approx(0.4 * 0.4 * (1 if name in model.head_names else 0.25))

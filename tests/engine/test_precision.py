@@ -120,13 +120,6 @@ def test_synchronized_batch_norm_replaces_the_norms_of_a_network(
     assert {id(p) for m in norms for p in m.parameters()} <= held, "the optimizer holds parameters of replaced norms"
 
 
-@pytest.mark.gpu
-def test_synchronized_batch_norm_runs_on_one_gpu() -> None:
-    rig = Rig(settings())
-    network = nn.SyncBatchNorm.convert_sync_batchnorm(rig.state.model).cuda().train()  # type: ignore[no-untyped-call]
-    assert network(rig.batch().images_N1SS.cuda()).isfinite().all()
-
-
 def test_kernels_are_exact_during_training_only() -> None:
     before = torch.are_deterministic_algorithms_enabled(), torch.backends.cudnn.benchmark
     for requested in (True, False):

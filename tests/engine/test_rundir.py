@@ -140,10 +140,9 @@ def test_a_resumed_run_has_the_records_and_events_of_the_unbroken_run(tmp_path: 
     shown = {tag: [(event.step, event.value) for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
     values = {f"epoch/{name}": [line[name] for line in result.records] for name in ("epoch", "lr", "train_loss")}
     values["epoch/images_per_second"] = [line["images_per_second"] for line in result.records]
-    for name in ("loss", "accuracy", "macro_f1"):
-        values[f"val/{name}"] = [line["val"][name] for line in result.records]
-    for name in EXPRESSIONS:
-        values[f"recall/{name}"] = [line["val"]["recall"][name] for line in result.records]
+    for group, line in (("val", "loss"), ("val", "accuracy"), ("val", "macro_f1")):
+        values[f"{group}/{line}"] = [record["val"][line] for record in result.records]
+    values |= {f"recall/{name}": [line["val"]["recall"][name] for line in result.records] for name in EXPRESSIONS}
     expected = {tag: list(zip((2, 4), map(np.float32, both), strict=True)) for tag, both in values.items()}
     expected["train/step_loss"] = list(enumerate(map(np.float32, whole.losses), 1))
     assert shown == expected, "each step once"
@@ -170,27 +169,22 @@ def test_an_answer_of_on_epoch_outlives_the_process(tmp_path: Path, monkeypatch:
         assert len(fit(config.override({"train.epochs": 5})).records) == 5, "more epochs are requested"
 
 
-def test_removed_checkpoints_are_missed(tmp_path: Path) -> None:
-    config = resumable(tmp_path)
-    with no_pictures():
-        folder = fit(config).folder
-        shutil.rmtree(folder / "checkpoints")
-        (folder / "last.pth").unlink()
-        before = (folder / "metrics.jsonl").read_bytes()
-        with pytest.raises(UserError, match="has the metrics of several epochs and no checkpoint"):
-            fit(config)
-    assert (folder / "metrics.jsonl").read_bytes() == before
-
-
 def test_a_finished_run_stays_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where its checkpoints were removed."""
     monkeypatch.setattr(trainer, "evaluate", lambda *_: fake_metrics(0.5))
     config = resumable(tmp_path, train__patience=1, train__epochs=9)
     with no_pictures():
         first, again = fit(config), fit(config)
-    assert [record["epoch"] for record in first.records] == [1, 2], "patience ends it"
-    assert again.losses == []
-    assert again.records == first.records
-    assert again.best.accuracy == 0.5
+        assert [record["epoch"] for record in first.records] == [1, 2], "patience ends it"
+        assert again.losses == []
+        assert again.records == first.records
+        assert again.best.accuracy == 0.5
+        shutil.rmtree(first.folder / "checkpoints")
+        (first.folder / "last.pth").unlink()
+        before = (first.folder / "metrics.jsonl").read_bytes()
+        with pytest.raises(UserError, match="has the metrics of several epochs and no checkpoint"):
+            fit(config)
+    assert (first.folder / "metrics.jsonl").read_bytes() == before
 
 
 def test_a_run_of_other_settings_is_not_resumed(tmp_path: Path) -> None:

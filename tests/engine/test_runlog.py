@@ -85,23 +85,20 @@ def test_live_line_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(line.startswith("epoch   2/12  lr") for line in rest) == 1
 
 
-def test_plain_and_none_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("progress", "first", "speaks"),
+    [("plain", True, True), ("none", True, False), ("auto", False, False), ("plain", False, False)],
+)
+def test_who_speaks(progress: str, first: bool, speaks: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain lines are plain on a terminal, too; other ranks neither print nor write."""
     terminal = on_terminal(monkeypatch)
-    one_epoch(run_log("none"))
-    assert terminal.getvalue() == ""
-    one_epoch(run_log("plain"))
-    assert "\x1b[" not in terminal.getvalue()
-    assert "  epoch 2 step 5/20 loss 1.500" in terminal.getvalue()
-
-
-@pytest.mark.parametrize("progress", ["auto", "plain"])
-def test_other_ranks_print_and_write_nothing(progress: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    terminal = on_terminal(monkeypatch)
-    log = run_log(progress, first=False)
+    log = run_log(progress, first=first)
     log.open(tmp_path, [{"epoch": 1, "step": 20}])
     one_epoch(log)
-    assert terminal.getvalue() == ""
-    assert list(tmp_path.iterdir()) == []
+    assert ("  epoch 2 step 5/20 loss 1.500" in terminal.getvalue()) == speaks
+    assert "\x1b[" not in terminal.getvalue()
+    assert bool(terminal.getvalue()) == speaks
+    assert bool(list(tmp_path.iterdir())) == first
 
 
 def test_a_line_is_due_after_a_while_only(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,18 +9,8 @@ from torch import nn
 
 from fer_dist.config import AugmentConfig
 from fer_dist.data.augment import draw
-from tests.helpers.training import (
-    ALL_PARTS,
-    GRADIENT,
-    PARTS,
-    VIT,
-    Rig,
-    Watch,
-    metrics_of,
-    noise_faces,
-    settings,
-    validation_part,
-)
+from fer_dist.data.faces import VAL
+from tests.helpers.training import ALL_PARTS, GRADIENT, PARTS, VIT, Rig, Watch, metrics_of, noise_faces, settings
 
 
 @pytest.mark.parametrize("precision", ["float32", "float16", "float64"])
@@ -112,7 +102,8 @@ def test_evaluation_pictures_are_never_varied() -> None:
     watch = Watch(rig.state.model.preprocess)
     rig.evaluate()
     assert watch.counts == [10, 10, 4]
-    assert torch.equal(torch.cat(watch.inputs), validation_part(rig.faces)[0])
+    expected_NHW = rig.faces.images_NHW[rig.faces.part(VAL)]
+    assert np.array_equal(torch.cat(watch.inputs).squeeze(1), expected_NHW)
 
 
 def test_flip_tta() -> None:

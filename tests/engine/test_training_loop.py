@@ -55,14 +55,15 @@ def test_monitor_decides_on_best_epoch_plateau_and_early_stopping(
 
 def test_epochs_and_steps_make_the_schedule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for steps_per_epoch, steps in ((None, [5, 10]), (2, [2, 4])):
-        schedule = {"optim.schedule": "cosine", "optim.lr": 1e-2, "optim.final_lr_scale": 0.1}
-        config = settings(schedule, train__epochs=2, train__steps_per_epoch=steps_per_epoch)
+        schedule = {"optim.schedule": "cosine", "optim.final_lr_scale": 0.1, "optim.backbone_lr_scale": 0.5}
+        config = settings(schedule, optim__lr=1e-2, train__epochs=2, train__steps_per_epoch=steps_per_epoch)
         result = fit(monkeypatch, tmp_path / str(steps_per_epoch), config)
         assert [record["step"] for record in result.records] == steps
         assert len(result.losses) == steps[-1]
     assert [record["lr"] for record in result.records] == pytest.approx([0.775e-2, 0.1e-2])
     groups = load(result.folder / "last.pth").resume["optimizer"]["param_groups"]
-    assert max(group["lr"] for group in groups) == pytest.approx(0.1e-2), "the rate of the last step"
+    rates = sorted({group["lr"] for group in groups})
+    assert rates == pytest.approx([0.05e-2, 0.1e-2]), "backbone and head in the last step"
 
 
 def test_seed_decides_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
