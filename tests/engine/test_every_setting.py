@@ -41,7 +41,12 @@ def test_every_setting_is_read_by_the_code(tmp_path: Path, monkeypatch: pytest.M
             read.add((type(section), name))
         return object.__getattribute__(section, name)
 
-    write_tables(tmp_path)
+    # Twenty training pictures with their votes; there is no validation part.
+    rows = [f"{i % 5},{10 * i}{' 0' * (48 * 48 - 1)},Training" for i in range(20)]
+    (tmp_path / "fer2013.csv").write_text("\n".join(["emotion,pixels,Usage", *rows]) + "\n")
+    head = "Usage,Image name,neutral,happiness,surprise,sadness,anger,disgust,fear,contempt,unknown,NF"
+    votes = [f"Training,fer{i:07d}.png,{i % 5},{5 - i % 5},0,0,3,1,1,0,0,0" for i in range(20)]
+    (tmp_path / "fer2013new.csv").write_text("\n".join([head, *votes]) + "\n")
     quick = {"train.epochs": 1, "train.steps_per_epoch": 1, "run.dir": str(tmp_path / "runs"), "run.tensorboard": True}
     table = {"data.path": str(tmp_path / "fer2013.csv"), "data.ferplus": str(tmp_path / "fer2013new.csv")}
     drawn = {"data.embedded_train": 14, "data.embedded_val": 7}
@@ -65,12 +70,3 @@ def test_every_setting_is_read_by_the_code(tmp_path: Path, monkeypatch: pytest.M
             unread.add(name)
     # Read in the second evaluation without a gain, which one epoch does not have, and after a non-finite step.
     assert unread <= {"optim.plateau_factor", "train.max_skipped"}, "never read: " + ", ".join(sorted(unread))
-
-
-def write_tables(folder: Path) -> None:
-    """Write twenty training pictures as fer2013.csv and their votes; there is no validation part."""
-    rows = [f"{i % 5},{10 * i}{' 0' * (48 * 48 - 1)},Training" for i in range(20)]
-    (folder / "fer2013.csv").write_text("\n".join(["emotion,pixels,Usage", *rows]) + "\n")
-    head = "Usage,Image name,neutral,happiness,surprise,sadness,anger,disgust,fear,contempt,unknown,NF"
-    votes = [f"Training,fer{i:07d}.png,{i % 5},{5 - i % 5},0,0,3,1,1,0,0,0" for i in range(20)]
-    (folder / "fer2013new.csv").write_text("\n".join([head, *votes]) + "\n")

@@ -1,4 +1,4 @@
-"""Scores and log-probabilities: the same from any batches and world sizes; test-time augmentation averages."""
+"""Log-probabilities: the same from any batches and world sizes; test-time augmentation averages over views."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,7 @@ from torch import Tensor
 
 from fer_dist.data.faces import Faces
 from fer_dist.data.feed import evaluation_blocks
-from fer_dist.engine.metrics import Metrics
-from fer_dist.engine.score import answers, log_probabilities, score, views
+from fer_dist.engine.score import VIEWS, answers, views
 from fer_dist.errors import UserError
 from fer_dist.world import World
 
@@ -50,30 +49,6 @@ def test_views_of_each_kind() -> None:
         assert all(view.shape[-1] == side for view in views(pictures(2, side), "ten_crop"))
 
 
-def test_probabilities_of_the_views_are_averaged() -> None:
-    images = pictures(5)
-    expected = torch.stack([logits(view).double().softmax(1) for view in views(images, "ten_crop")]).mean(0)
-    found = log_probabilities(logits, images, "ten_crop")
-    assert found.dtype == torch.float64
-    torch.testing.assert_close(found.exp(), expected, rtol=1e-12, atol=0)
-    assert not torch.allclose(found, log_probabilities(logits, images))
-
-
-@pytest.mark.parametrize("flip", [False, True])
-def test_score_counts_the_same_in_any_batches(flip: bool) -> None:
-    images, labels = pictures(40), torch.arange(40) % 3
-    p_NK = logits(images).double().softmax(1)
-    if flip:
-        p_NK = (p_NK + logits(images.flip(-1)).double().softmax(1)) / 2
-    expected = Metrics.of(p_NK.log(), labels)
-    for size in (1, 7, 40):
-        batches = list(zip(images.split(size), labels.split(size), strict=True))
-        found = score(logits, batches, World(), classes=3, flip=flip)
-        assert np.array_equal(found.confusion_KK, expected.confusion_KK)
-        assert [found.count, found.loss] == pytest.approx([40, expected.loss], rel=1e-12)
-    assert score(logits, [], World(), classes=3).count == 0
-
-
 def test_blocks_are_the_same_at_any_world_size() -> None:
     """Batches of 4 of 13 pictures: the same ones on 1, 2, 3 and 9 ranks, each once, in order."""
     rows_M = np.arange(3, 16)
@@ -86,12 +61,14 @@ def test_blocks_are_the_same_at_any_world_size() -> None:
         assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
 
 
-def test_answers_are_in_the_order_of_the_rows_and_errors_are_raised() -> None:
+def test_answers_average_the_views_in_the_order_of_the_rows() -> None:
     rows_M, done = np.array([7, 3, 19, 0, 1]), list[int]()
-    found = answers(logits, FACES, rows_M, World(), batch=2, progress=done.append)
     images = torch.from_numpy(FACES.images_NHW[rows_M]).unsqueeze(1)
-    torch.testing.assert_close(found, logits(images).double().log_softmax(1))
-    assert done == [2, 2, 1]
+    for kind in VIEWS:
+        found = answers(logits, FACES, rows_M, World(), batch=2, kind=kind, progress=done.append)
+        expected = torch.stack([logits(view).double().softmax(1) for view in views(images, kind)]).mean(0)
+        torch.testing.assert_close(found.exp(), expected, rtol=1e-12, atol=0)
+    assert done == [2, 2, 1] * 3
 
     def broken(images_N1SS: Tensor) -> Tensor:
         raise UserError("broken", "repair it")
