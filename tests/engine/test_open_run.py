@@ -18,18 +18,18 @@ from fer_dist.errors import UserError
 from fer_dist.world import World
 from tests.helpers.small_runs import tiny
 
+FIRST, AGAIN = World(launch="one"), World(launch="one", restarted=True)
+"""The first start of a launch, and a restart by its launcher."""
+
 
 def settings(folder: Path, **values: Any) -> Config:
     return tiny("vit", folder, **values)
 
 
-# -- its name
-
-
 def test_the_name_is_the_given_one_or_the_architecture_and_the_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Under runs/ in the working directory where nothing else is given; runs of the same second are numbered."""
+    """Under runs/ in the working directory by default; runs of the same second are numbered."""
     monkeypatch.chdir(tmp_path)
     for resume in ("restart", "auto"):
         config = Config().override({"run.name": resume, "run.resume": resume})
@@ -43,17 +43,14 @@ def test_the_name_is_the_given_one_or_the_architecture_and_the_time(
     assert names == ["vit-20260102-030405", "vit-20260102-030405-1", "vit-20260102-030405-2"]
 
 
-def test_an_existing_folder_is_refused(tmp_path: Path) -> None:
-    """An empty one, too; in the first start of a launch and in a restart of it."""
+def test_an_existing_folder_or_file_is_refused(tmp_path: Path) -> None:
+    """An empty folder, too; in the first start of a launch and in a restart of it."""
     (tmp_path / "mine").mkdir()
-    for launch in ("", "seven"):
-        for restarted in (False, True):
-            with pytest.raises(UserError, match="exists; a run is never overwritten"):
-                open_run(settings(tmp_path, run__name="mine"), World(launch=launch, restarted=restarted))
+    for world in (World(), FIRST, AGAIN):
+        with pytest.raises(UserError, match="exists; a run is never overwritten") as caught:
+            open_run(settings(tmp_path, run__name="mine"), world)
+        assert "--run.resume auto" in caught.value.fix
     assert list((tmp_path / "mine").iterdir()) == []
-
-
-def test_a_file_in_the_place_of_the_runs_is_refused(tmp_path: Path) -> None:
     (tmp_path / "runs").write_text("")
     for name in ("mine", None):
         with pytest.raises(UserError, match=r"cannot make the run folder .*Not a directory"):
@@ -63,36 +60,21 @@ def test_a_file_in_the_place_of_the_runs_is_refused(tmp_path: Path) -> None:
 # -- the launcher starts it again
 
 
-FIRST, AGAIN = World(launch="one"), World(launch="one", restarted=True)
-
-
 @pytest.mark.parametrize("name", [None, "mine", "deep/mine"])
 def test_a_restart_finds_its_folder(tmp_path: Path, name: str | None) -> None:
+    """Of several runs of its launch the newest by the clock, not by name, which begins with the architecture."""
     config = settings(tmp_path, run__name=name)
-    other, _ = open_run(settings(tmp_path), World())
-    first, resumes = open_run(config, FIRST)
-    assert not resumes
-    assert first != other
-    open_run(settings(tmp_path, run__name="zz-later"), World(launch="two"))
-    assert open_run(config, AGAIN) == (first, True)
-
-
-def test_a_second_launch_makes_a_second_folder(tmp_path: Path) -> None:
-    made = [open_run(settings(tmp_path), world) for world in (FIRST, World(launch="two"), FIRST)]  # none is a restart
-    assert len({folder for folder, _ in made}) == 3
+    made = [open_run(settings(tmp_path), world) for world in (FIRST, World(), World(launch="two"))]
+    os.utime(made[0][0] / "launch.json", (1, 1))
+    made.append(open_run(config.override({"model.arch": "patt_lite"}), FIRST))
+    assert len({folder for folder, _ in made}) == 4
     assert not any(resumes for _, resumes in made)
-
-
-def test_of_several_runs_of_a_launch_the_newest_is_resumed(tmp_path: Path) -> None:
-    """Newest by the clock, not by name, which begins with the architecture."""
-    older, _ = open_run(tiny("vit", tmp_path), FIRST)
-    os.utime(older / "launch.json", (1, 1))
-    newest, _ = open_run(tiny("patt_lite", tmp_path), FIRST)
-    assert open_run(settings(tmp_path), AGAIN) == (newest, True)
+    open_run(settings(tmp_path, run__name="zz-later"), World(launch="two"))
+    assert open_run(config, AGAIN) == (made[-1][0], True)
 
 
 def test_a_requeued_slurm_job_finds_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the job's number and the settings, but for where things lie and how the run reports; torchrun is new then."""
+    """By its number and the settings, except places and `run.*`; the launch of torchrun is another one then."""
     monkeypatch.setenv("SLURM_JOB_ID", "33")
     made = {seed: open_run(settings(tmp_path, seed=seed), World(launch=f"first {seed}"))[0] for seed in (1, 2)}
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
@@ -105,27 +87,22 @@ def test_a_requeued_slurm_job_finds_its_folder(tmp_path: Path, monkeypatch: pyte
     assert open_run(settings(tmp_path, seed=1), World(launch="new"))[1] is False
 
 
-def test_a_start_that_fails_while_it_makes_its_folder_leaves_none(tmp_path: Path) -> None:
-    """Otherwise the next start would find a folder that nothing has made, and refuse it."""
+def test_a_start_that_ends_while_it_makes_its_folder_leaves_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise the next start would find a folder that no launch has made, and refuse it."""
     for name in (None, "mine"):
         config = settings(tmp_path / "runs", run__name=name)
         with mock.patch.object(rundir, "write_json", side_effect=KeyboardInterrupt), pytest.raises(KeyboardInterrupt):
             open_run(config, FIRST)
         assert list((tmp_path / "runs").iterdir()) == []
-    assert open_run(config, AGAIN)[1] is False
-
-
-def test_a_killed_start_leaves_only_what_is_not_in_the_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """SIGKILL, so that nothing is tidied up."""
-    config = settings(tmp_path, run__name="mine")
-    if (child := os.fork()) == 0:
+    if (child := os.fork()) == 0:  # SIGKILL leaves a temporary folder, which is not in the way
         monkeypatch.setattr(rundir, "write_json", lambda path, content: os.kill(os.getpid(), signal.SIGKILL))
         open_run(config, FIRST)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    assert len(list(tmp_path.iterdir())) == 1
-    assert not (tmp_path / "mine").exists()
-    assert open_run(config, AGAIN) == (tmp_path / "mine", False)
+    assert not (tmp_path / "runs" / "mine").exists()
+    assert open_run(config, AGAIN) == (tmp_path / "runs" / "mine", False)
 
 
 def test_a_damaged_launch_json_belongs_to_no_launch(tmp_path: Path) -> None:
@@ -140,31 +117,13 @@ def test_a_damaged_launch_json_belongs_to_no_launch(tmp_path: Path) -> None:
 
 
 def test_a_folder_has_one_writer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A second one waits, and gives up; the lock ends with its process."""
+    """A second one waits, and gives up; longer after a requeue: NFS keeps the lock of a dead node for a while."""
     monkeypatch.setattr(rundir, "HOLD_S", 0.2)
-    ready, holds = os.pipe()
-    if (child := os.fork()) == 0:
-        held = Hold(tmp_path)  # noqa: F841  # its lock lasts as long as the process
-        os.write(holds, b"held")
-        signal.pause()
-        os._exit(0)
-    assert os.read(ready, 4) == b"held"
+    held = Hold(tmp_path)
     with pytest.raises(UserError, match=rf"another process writes into {tmp_path} and has not left within 0 s"):
         Hold(tmp_path)
-    os.kill(child, signal.SIGKILL)
-    os.waitpid(child, 0)
-    Hold(tmp_path).release()
-    for end in (ready, holds):
-        os.close(end)
-
-
-def test_a_requeued_start_waits_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """NFS keeps the lock of a node that has died for a while."""
-    monkeypatch.setattr(rundir, "HOLD_S", 0.0)
-    monkeypatch.setattr(rundir, "REQUEUED_HOLD_S", 30.0)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    dead = Hold(tmp_path)
-    timer = threading.Timer(0.3, dead.release)
+    timer = threading.Timer(0.5, held.release)
     timer.start()
     Hold(tmp_path).release()
     timer.join()

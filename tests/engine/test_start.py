@@ -9,33 +9,37 @@ import torch
 
 from fer_dist.config import ModelConfig
 from fer_dist.engine import start
-from fer_dist.engine.checkpoint import Checkpoint, is_checkpoint, save, write_safetensors
+from fer_dist.engine.checkpoint import Checkpoint, is_checkpoint, load, save, write_safetensors
 from fer_dist.engine.start import starting_model
+from fer_dist.engine.trainer import fit
 from fer_dist.errors import UserError
 from fer_dist.models import FaceModel
-from fer_dist.spec import LabelSet, ModelSpec
-from tests.helpers.processes import python
+from fer_dist.spec import LabelSet
+from tests.helpers.small_runs import no_pictures, tiny
 from tests.helpers.tiny_models import TINY, make_lively, pictures, tiny_config, tiny_model
-from tests.test_train import TINY as DEMO
-from tests.test_train import TRAIN
-
-RECORD = {"epoch": 3, "val": {"accuracy": 0.625}}
 
 
 def checkpoint(arch: str, /, **changes: Any) -> Checkpoint:
-    """A lively network, calibrated, as after a training."""
+    """Return a lively network, calibrated, as after a training."""
     model = make_lively(tiny_model(arch))
     spec = replace(model.spec, smoothing=0.1, temperature=2.0, **changes)
-    return Checkpoint(spec=spec, weights=model.state_dict(), config={}, record=RECORD, provenance={}, resume={})
+    record = {"epoch": 3, "val": {"accuracy": 0.625}}
+    return Checkpoint(spec=spec, weights=model.state_dict(), config={}, record=record, provenance={}, resume={})
 
 
-def settings(path: Path, arch: str = "patt_lite", **options: Any) -> ModelConfig:
-    return tiny_config(arch, weights=str(path), **options).model
+def started(path: Path, **options: Any) -> FaceModel:
+    return starting_model(ModelConfig(weights=str(path), **options), 48, LabelSet(), print)
+
+
+@pytest.fixture
+def best(tmp_path: Path) -> Path:
+    save(tmp_path / "best.pth", checkpoint("patt_lite"))
+    return tmp_path / "best.pth"
 
 
 @pytest.mark.parametrize("arch", TINY)
 def test_it_starts_where_the_other_ended(arch: str, tmp_path: Path) -> None:
-    """The same answers, head and running statistics with them, but for the calibration, which a loss must not see."""
+    """The same logits, from head and running statistics as well, but without the calibration: the loss needs none."""
     made = checkpoint(arch)
     expected = replace(made, spec=replace(made.spec, smoothing=0.0, temperature=1.0)).model()
     save(tmp_path / "best.pth", made)
@@ -45,7 +49,8 @@ def test_it_starts_where_the_other_ended(arch: str, tmp_path: Path) -> None:
         path = tmp_path / name
         torch.manual_seed(9)
         lines: list[str] = []
-        model = starting_model(settings(path, arch, dropout=0.5, freeze_depth=1), 48, LabelSet(), lines.append)
+        config = tiny_config(arch, weights=str(path), dropout=0.5, freeze_depth=1).model
+        model = starting_model(config, 48, LabelSet(), lines.append)
         with torch.inference_mode():
             assert torch.allclose(model.eval()(pictures(4)), expected(pictures(4)), rtol=0, atol=tolerance), name
         assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
@@ -59,94 +64,74 @@ def test_it_starts_where_the_other_ended(arch: str, tmp_path: Path) -> None:
 
 def test_weights_beyond_float16_are_not_written_as_half(tmp_path: Path) -> None:
     made = checkpoint("patt_lite")
-    name = "network.features.0.1.running_var"
-    weights = {**made.weights, name: made.weights[name] + 1e5}
-    with pytest.raises(UserError, match=f"{name} is beyond float16's range"):
-        write_safetensors(tmp_path / "half.safetensors", replace(made, weights=weights), half=True)
+    made.weights["network.features.0.1.running_var"] += 1e5
+    with pytest.raises(UserError, match=r"network\.features\.0\.1\.running_var is beyond float16's range"):
+        write_safetensors(tmp_path / "half.safetensors", made, half=True)
     assert not (tmp_path / "half.safetensors").exists()
-
-
-@pytest.fixture(scope="module")
-def best(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("best") / "best.pth"
-    save(path, checkpoint("patt_lite"))
-    return path
 
 
 def test_sizes_of_the_network_are_those_of_the_checkpoint(best: Path) -> None:
     """They need not be typed again; the size inside may be another one where the network can have any."""
-    model = starting_model(ModelConfig(weights=str(best), image_size=64), 48, LabelSet(), print)
-    assert (model.spec.options["width_mult"], model.spec.options["channels"]) == (0.25, 32)
-    assert model.spec.input.image_size == 64
+    spec = started(best, image_size=64).spec
+    assert (spec.options["width_mult"], spec.options["channels"], spec.input.image_size) == (0.25, 32, 64)
 
 
 @pytest.mark.parametrize(
-    ("asked", "message", "fix"),
+    ("arch", "changes", "requested", "message"),
     [
-        ({"arch": "vit"}, "is a checkpoint with model.arch patt_lite, not vit", "--model.arch patt_lite"),
-        ({"options": {"channels": 64}}, "model.options.channels 32, not 64", "--model.options.channels 32"),
-        ({"options": {"colour": 1}}, "model.options.colour None, not 1", "leave model.options.colour out"),
-        ({"freeze_depth": 99}, "this network has 13 blocks", "--model.freeze_depth 0..13"),
+        ("patt_lite", {}, {"arch": "vit"}, "with model.arch patt_lite, not vit\n  -> --model.arch patt_lite"),
+        ("patt_lite", {}, {"options": {"channels": 64}}, "channels 32, not 64\n  -> --model.options.channels 32"),
+        ("patt_lite", {}, {"options": {"colour": 1}}, "colour None, not 1\n  -> leave model.options.colour out"),
+        ("patt_lite", {}, {"freeze_depth": 99}, "this network has 13 blocks\n  -> --model.freeze_depth 0..13"),
+        ("patt_lite", {"labels": LabelSet(names=LabelSet().names[::-1])}, {}, "knows the labels neutral, surprise"),
+        ("patt_lite", {"labels": LabelSet(names=("\x1b[2Ja",))}, {}, "knows the labels ?[2Ja; expected angry"),
+        ("patt_lite", {"arch": "\x1b[2Jvit"}, {}, "model.arch ?[2Jvit, not patt_lite"),
+        ("vit", {}, {"arch": "vit", "image_size": 32}, "position_embeddings [1, 17, 32] instead of [1, 5, 32]"),
     ],
+    ids=["arch", "size", "option", "depth", "order of labels", "control characters", "hostile arch", "image size"],
 )
-def test_another_network_is_refused(asked: dict[str, Any], message: str, fix: str, best: Path) -> None:
+def test_another_network_is_refused(
+    arch: str, changes: dict[str, Any], requested: dict[str, Any], message: str, tmp_path: Path
+) -> None:
+    """Control characters do not reach the terminal."""
+    save(tmp_path / "best.pth", checkpoint(arch, **changes))
     with pytest.raises(UserError) as caught:
-        starting_model(ModelConfig(weights=str(best), **asked), 48, LabelSet(), print)
-    assert message in caught.value.problem
-    assert caught.value.fix == fix
+        started(tmp_path / "best.pth", **requested)
+    assert message in str(caught.value)
+    assert "\x1b" not in str(caught.value)
 
 
-def test_a_checkpoint_that_does_not_fit_is_refused(tmp_path: Path) -> None:
-    """Labels in another order would be learnt as a neighbour's; control characters do not reach the terminal."""
-    path, names = tmp_path / "best.pth", LabelSet().names
-    vit: dict[str, Any] = {"arch": "vit", "image_size": 32}  # one embedding for each place
-    cases: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
-        ("patt_lite", {"labels": LabelSet(names=names[::-1])}, {}, r"knows the labels neutral, surpr.* expected angry"),
-        ("patt_lite", {"labels": LabelSet(names=("\x1b[2Ja",))}, {}, r"\?\[2J"),
-        ("patt_lite", {"arch": "\x1b[2Jvit"}, {}, r"\?\[2J"),
-        ("vit", {}, vit, r"position_embeddings \[1, 17, 32\] instead of \[1, 5, 32\]"),
-    ]
-    for arch, changes, asked, message in cases:
-        save(path, checkpoint(arch, **changes))
-        with pytest.raises(UserError, match=message) as caught:
-            starting_model(settings(path, **asked), 48, LabelSet(), print)
-        assert "\x1b" not in str(caught.value)
-
-
-def test_an_error_of_a_library_is_a_user_error(best: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails(spec: ModelSpec) -> FaceModel:
+def test_a_damaged_checkpoint_and_an_error_of_a_library_are_user_errors(
+    best: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(spec: object) -> FaceModel:
         raise ValueError("no such size\nin this library")
 
-    monkeypatch.setattr(start, "build", fails)
-    with pytest.raises(UserError, match=r"no patt_lite can be built as .*best\.pth says: no such size\n  -> "):
-        starting_model(settings(best), 48, LabelSet(), print)
-
-
-def test_a_damaged_checkpoint_is_refused(best: Path, tmp_path: Path) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(start, "build", fail)
+        with pytest.raises(UserError, match=r"no patt_lite can be built as .*best\.pth says: no such size\n  -> "):
+            started(best)
     raw = bytearray(best.read_bytes())
     raw[len(raw) // 2] ^= 1
-    (tmp_path / "best.pth").write_bytes(raw)
+    best.write_bytes(raw)
     with pytest.raises(UserError, match="its checksum differs"):
-        starting_model(settings(tmp_path / "best.pth"), 48, LabelSet(), print)
+        started(best)
 
 
 def test_other_files_are_not_taken_for_checkpoints(tmp_path: Path) -> None:
-    """Weights of others, a folder, nothing, next to nothing: these go the way of pretrained weights."""
+    """State dicts, a folder, a missing and a tiny file are treated as pretrained weights."""
     torch.save(tiny_model("patt_lite").state_dict(), tmp_path / "plain.pth")
-    (tmp_path / "short.pth").write_bytes(b"fer_dist")
-    (tmp_path / "short.safetensors").write_bytes(b"fer_dist")
+    for name in ("short.pth", "short.safetensors"):
+        (tmp_path / name).write_bytes(b"fer_dist")
     for name in ("plain.pth", "short.pth", "short.safetensors", "missing.pth", "."):
         assert not is_checkpoint(tmp_path / name)
 
 
-def test_a_run_goes_on_from_a_run(tmp_path: Path) -> None:
-    """As typed: the second run says where it starts, and starts better than the first ended without training on."""
-    line = [*TRAIN, *DEMO, "--train.epochs", "1"]
-    python(*line, "--run.name", "first", cwd=tmp_path).ok()
-    weights = ["--model.weights", "runs/first/best.pth"]
-    done = python(*line, *weights, "--optim.lr", "1e-9", "--train.ema", "0", "--run.name", "second", cwd=tmp_path).ok()
-    first = torch.load(tmp_path / "runs/first/best.pth")["weights"]
-    second = torch.load(tmp_path / "runs/second/best.pth")["weights"]
-    assert "goes on from the model of runs/first/best.pth: epoch 1, accuracy" in done.out
-    name = "network.classifier.weight"
-    assert torch.allclose(first[name], second[name], atol=1e-6)
+def test_a_run_starts_from_a_run(tmp_path: Path) -> None:
+    short = {"train__epochs": 1, "train__steps_per_epoch": 1}
+    with no_pictures():
+        first = fit(tiny("patt_lite", tmp_path, run__name="first", **short)).folder / "best.pth"
+        settings = {"run__name": "second", "model__weights": str(first), "optim__lr": 1e-9, "seed": 1, **short}
+        second = fit(tiny("patt_lite", tmp_path, **settings)).folder / "best.pth"
+    heads = [load(path).weights["network.classifier.weight"] for path in (first, second)]
+    assert torch.allclose(*heads, atol=1e-6)

@@ -1,4 +1,4 @@
-"""Scores and answers: the same from any batches and world sizes; test-time augmentation averages probabilities."""
+"""Log-probabilities: the same from any batches and world sizes; test-time augmentation averages over views."""
 
 import numpy as np
 import pytest
@@ -7,8 +7,7 @@ from torch import Tensor
 
 from fer_dist.data.faces import Faces
 from fer_dist.data.feed import evaluation_blocks
-from fer_dist.engine.metrics import Metrics
-from fer_dist.engine.score import answers, log_probabilities, score, views
+from fer_dist.engine.score import VIEWS, answers, views
 from fer_dist.errors import UserError
 from fer_dist.world import World
 
@@ -23,10 +22,12 @@ def pictures(count: int, side: int = 12) -> Tensor:
     return torch.randint(0, 256, (count, 1, side, side), generator=generator, dtype=torch.uint8)
 
 
-def some_faces(count: int) -> Faces:
-    zeros = np.zeros(count, np.int64)
-    images_NHW = pictures(count, 8).squeeze(1).numpy()
-    return Faces(images_NHW=images_NHW, labels_N=zeros, usage_N=zeros, names=[str(i) for i in range(count)])
+FACES = Faces(
+    images_NHW=pictures(20, 8).squeeze(1).numpy(),
+    labels_N=np.zeros(20, np.int64),
+    usage_N=np.zeros(20, np.int64),
+    names=[str(i) for i in range(20)],
+)
 
 
 def test_views_of_each_kind() -> None:
@@ -48,55 +49,29 @@ def test_views_of_each_kind() -> None:
         assert all(view.shape[-1] == side for view in views(pictures(2, side), "ten_crop"))
 
 
-def test_probabilities_of_the_views_are_averaged() -> None:
-    images = pictures(5)
-    expected = torch.stack([logits(view).double().softmax(1) for view in views(images, "ten_crop")]).mean(0)
-    found = log_probabilities(logits, images, "ten_crop")
-    assert found.dtype == torch.float64
-    torch.testing.assert_close(found.exp(), expected, rtol=1e-12, atol=0)
-    assert not torch.allclose(found, log_probabilities(logits, images))
-
-
-@pytest.mark.parametrize("flip", [False, True])
-def test_score_counts_the_same_in_any_batches(flip: bool) -> None:
-    images, labels = pictures(40), torch.arange(40) % 3
-    p_NK = logits(images).double().softmax(1)
-    if flip:
-        p_NK = (p_NK + logits(images.flip(-1)).double().softmax(1)) / 2
-    expected = Metrics.of(p_NK.log(), labels)
-    for size in (1, 7, 40):
-        batches = [(images[i : i + size], labels[i : i + size]) for i in range(0, 40, size)]
-        found = score(logits, batches, World(), classes=3, flip=flip)
-        assert np.array_equal(found.confusion_KK, expected.confusion_KK)
-        assert [found.count, found.loss] == pytest.approx([40, expected.loss], rel=1e-12)
-    assert score(logits, [], World(), classes=3).count == 0
-
-
 def test_blocks_are_the_same_at_any_world_size() -> None:
     """Batches of 4 of 13 pictures: the same ones on 1, 2, 3 and 9 ranks, each once, in order."""
-    faces, rows = some_faces(20), np.arange(3, 16)
-    alone = list(evaluation_blocks(faces, rows, batch=4, rank=0, size=1))
+    rows_M = np.arange(3, 16)
+    alone = list(evaluation_blocks(FACES, rows_M, batch=4, rank=0, size=1))
     assert [len(block) for block in alone] == [4, 4, 4, 1]
-    assert np.array_equal(torch.cat(alone).squeeze(1).numpy(), faces.images_NHW[3:16])
+    assert np.array_equal(torch.cat(alone).squeeze(1).numpy(), FACES.images_NHW[3:16])
     for size in (2, 3, 9):
-        shared = [
-            block for rank in range(size) for block in evaluation_blocks(faces, rows, batch=4, rank=rank, size=size)
-        ]
-        assert len(shared) == 4
+        ranks = (evaluation_blocks(FACES, rows_M, batch=4, rank=rank, size=size) for rank in range(size))
+        shared = [block for blocks in ranks for block in blocks]
         assert all(torch.equal(a, b) for a, b in zip(alone, shared, strict=True))
 
 
-def test_answers_are_in_the_order_of_the_rows() -> None:
-    faces, rows, done = some_faces(20), np.array([7, 3, 19, 0, 1]), list[int]()
-    found = answers(logits, faces, rows, World(), batch=2, progress=done.append)
-    images = torch.from_numpy(faces.images_NHW[rows]).unsqueeze(1)
-    torch.testing.assert_close(found, logits(images).double().log_softmax(1))
-    assert done == [2, 2, 1]
+def test_answers_average_the_views_in_the_order_of_the_rows() -> None:
+    rows_M, done = np.array([7, 3, 19, 0, 1]), list[int]()
+    images = torch.from_numpy(FACES.images_NHW[rows_M]).unsqueeze(1)
+    for kind in VIEWS:
+        found = answers(logits, FACES, rows_M, World(), batch=2, kind=kind, progress=done.append)
+        expected = torch.stack([logits(view).double().softmax(1) for view in views(images, kind)]).mean(0)
+        torch.testing.assert_close(found.exp(), expected, rtol=1e-12, atol=0)
+    assert done == [2, 2, 1] * 3
 
-
-def test_an_error_of_the_model_comes_through() -> None:
     def broken(images_N1SS: Tensor) -> Tensor:
-        raise UserError("broken", "mend it")
+        raise UserError("broken", "repair it")
 
     with pytest.raises(UserError, match="broken"):
-        answers(broken, some_faces(3), np.arange(3), World(), batch=2)
+        answers(broken, FACES, rows_M, World(), batch=2)

@@ -1,8 +1,8 @@
 """A run with a fault: torchrun --nproc_per_node=4 tests/workers/fault_worker.py OUT ARCH SETTINGS FAULT
 
-SETTINGS (JSON) go over `runs.stateful`; FAULT (JSON) says what happens to whom and when, in the first
-start only. Each step of each start is noted in OUT/ledger-<rank>.jsonl before it is done, with its
-samples and a checksum of each augmented picture, and a fault in OUT/fault.jsonl before it strikes.
+SETTINGS (JSON) override `small_runs.stateful`; FAULT (JSON) says what happens to which rank and when, in the first
+start only. Each start notes in OUT/ledger-<rank>.jsonl, before each step, its samples with a checksum of each augmented
+picture, and a fault in OUT/fault.jsonl before it happens.
 
 FAULT: {"rank": R, "signal": "SIGKILL", "step": S, "after_s": T}: T seconds after step S (0-based) begins;
        {"rank": R, "signal": ..., "save": S, "event": E}: in the save after S steps, at its E-th event
@@ -12,7 +12,7 @@ FAULT: {"rank": R, "signal": "SIGKILL", "step": S, "after_s": T}: T seconds afte
        {"rank": R, "spoil": {"S": "loss" | "gradient" | "statistics", ...}}: a NaN there in step S;
        {"rank": R, "settings": {...}}: other settings for that rank;
        {"rank": R, "weights": true}: other initial weights;
-       {"rank": R, "launcher": S}: rank 0 kills the launcher while it makes its model, and S seconds go by.
+       {"rank": R, "launcher": S}: rank 0 kills the launcher while it makes its model, and waits for S seconds.
 SLOW_S in the environment: how long each event of a save takes, as on a slow disk [s].
 """
 
@@ -24,9 +24,9 @@ import sys
 import threading
 import time
 import zlib
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -44,16 +44,11 @@ from tests.helpers.small_runs import no_pictures, stateful
 SLOW_S = float(os.environ.get("SLOW_S", "0"))
 WRITES_PER_EVENT = 40
 START = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-
-
-def note(path: Path, line: dict[str, Any]) -> None:
-    """One line of JSON, on the disk before anything else happens."""
-    with path.open("a") as file:
-        file.write(json.dumps(line) + "\n")
+backward, evaluate, save_state, torch_save = step.backward, trainer.evaluate, run.save_state, torch.save
 
 
 class Faulty:
-    """The trainer's functions, watched, and made to fail where FAULT says so."""
+    """The functions of the trainer, watched, and made to fail as FAULT says."""
 
     def __init__(self, out: Path, rank: int, fault: dict[str, Any]) -> None:
         self._out, self._rank = out, rank
@@ -62,9 +57,13 @@ class Faulty:
         self._saving = -1
         self._event = 0
 
+    def note(self, name: str, **line: Any) -> None:
+        """Append a line of JSON to a file of OUT; it is on the disk before this returns."""
+        with (self._out / name).open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
     def strike(self, where: str) -> None:
-        """The fault itself."""
-        note(self._out / "fault.jsonl", {"where": where, "rank": self._rank, "time": time.time()})
+        self.note("fault.jsonl", where=where, rank=self._rank, time=time.time())
         os.kill(os.getpid(), getattr(signal, self._fault["signal"]))
 
     def starting_model(self, *arguments: Any) -> Any:
@@ -80,8 +79,8 @@ class Faulty:
 
     def train_step(self, config: Any, state: Any, batch: Any, world: World, *rest: Any) -> Any:
         pixels = [zlib.crc32(image.numpy().tobytes()) for image in batch.images_N1SS]
-        line = {"start": START, "step": state.step, "rows": batch.rows_N.tolist(), "pixels": pixels}
-        note(self._out / f"ledger-{self._rank}.jsonl", line)
+        rows = batch.rows_N.tolist()
+        self.note(f"ledger-{self._rank}.jsonl", start=START, step=state.step, rows=rows, pixels=pixels)
         if self._fault.get("step") == state.step:
             threading.Timer(self._fault["after_s"], self.strike, [f"step {state.step}"]).start()
         return step.train_step(config, state, batch, world, *rest)
@@ -92,7 +91,7 @@ class Faulty:
         return evaluate(config, state, *rest)
 
     def backward(self, config: Any, state: Any, batch: Any, world: World) -> Tensor:
-        """The real one, spoilt before the ranks tell each other of it; but for a gradient, which they share."""
+        """Make the result non-finite before the ranks exchange it; a gradient after that."""
         loss = backward(config, state, batch, world)
         what = self._fault.get("spoil", {}).get(str(state.step))
         if what == "loss":
@@ -105,21 +104,21 @@ class Faulty:
 
     def save_state(self, run_: run.Run, state: Any) -> None:
         if self._fault.get("save") == state.step and self._rank > 0:
-            after = SLOW_S * self._fault["event"]
-            threading.Timer(after, self.strike, [f"save of rank 0, {after:.3f} s after its begin"]).start()
+            after_s = SLOW_S * self._fault["event"]
+            threading.Timer(after_s, self.strike, [f"save of rank 0, {after_s:.3f} s after its begin"]).start()
         digests = [digest(model.state_dict()) for model in (state.model, state.deployed)]
-        note(self._out / f"digests-{self._rank}.jsonl", {"step": state.step, "digests": digests})
+        self.note(f"digests-{self._rank}.jsonl", step=state.step, digests=digests)
         save_state(run_, state)
 
     def save_step(self, folder: Path, made: Checkpoint, number: int, keep: int) -> Path:
         self._saving, self._event = number, 0
         path = history.save_step(folder, made, number, keep)
-        note(self._out / "saves.jsonl", {"start": START, "step": number, "events": self._event})
+        self.note("saves.jsonl", start=START, step=number, events=self._event)
         self._saving = -1
         return path
 
     def event(self, what: str) -> None:
-        """One event of a save of rank 0."""
+        """Count an event of a save of rank 0."""
         if self._saving < 0:
             return
         time.sleep(SLOW_S)
@@ -127,8 +126,8 @@ class Faulty:
             self.strike(f"event {self._event} of a save: {what}")
         self._event += 1
 
-    def before(self, what: str, function: Any) -> Any:
-        """The function, with an event before it."""
+    def counted(self, what: str, function: Any) -> Any:
+        """Return the function with an event before it."""
 
         def with_event(*arguments: Any, **keywords: Any) -> Any:
             self.event(what)
@@ -137,58 +136,46 @@ class Faulty:
         return with_event
 
     def save(self, content: Any, file: Any) -> None:
-        """torch.save with an event every few writes."""
-        faulty, writes = self, 0
+        """Do torch.save with an event every few writes."""
+        writes = 0
 
-        class Watched:
-            def write(self, raw: bytes) -> int:
-                nonlocal writes
-                writes += 1
-                if writes % WRITES_PER_EVENT == 0:
-                    file.flush()
-                    faulty.event(f"{file.tell()} bytes written")
-                return int(file.write(raw))
-
-            def flush(self) -> None:
+        def write(raw: bytes) -> int:
+            nonlocal writes
+            writes += 1
+            if writes % WRITES_PER_EVENT == 0:
                 file.flush()
+                self.event(f"{file.tell()} bytes written")
+            return int(file.write(raw))
 
-        torch_save(content, Watched())  # type: ignore[arg-type]
-
-    @contextmanager
-    def installed(self) -> Iterator[None]:
-        """In the place of what they watch."""
-        with ExitStack() as stack:
-            for target, name, new in (
-                (trainer, "train_step", self.train_step),
-                (trainer, "starting_model", self.starting_model),
-                (trainer, "evaluate", self.evaluate),
-                (trainer, "save_state", self.save_state),
-                (run, "save_state", self.save_state),
-                (run, "save_step", self.save_step),
-                (step, "backward", self.backward),
-                (torch, "save", self.save),
-                (os, "fsync", self.before("fsync", os.fsync)),
-                (os, "link", self.before("link", os.link)),
-                (Path, "replace", self.before("rename", Path.replace)),
-                (Path, "unlink", self.before("removal", Path.unlink)),
-            ):
-                stack.enter_context(mock.patch.object(target, name, new))
-            yield
-
-
-backward, evaluate, save_state, torch_save = step.backward, trainer.evaluate, run.save_state, torch.save
+        torch_save(content, SimpleNamespace(write=write, flush=file.flush))  # type: ignore[arg-type]
 
 
 def main() -> None:
     out, arch = Path(sys.argv[1]), sys.argv[2]
     settings, fault = json.loads(sys.argv[3]), json.loads(sys.argv[4])
     rank = int(os.environ.get("RANK", "0"))
-    faulthandler.dump_traceback_later(0.9 * TIMEOUT_S, exit=True)  # who hangs says where
+    faulthandler.dump_traceback_later(0.9 * TIMEOUT_S, exit=True)  # a rank that hangs prints where
     if rank == fault.get("rank"):
         settings |= fault.get("settings", {})
-    config = stateful(arch, out, **settings)
-    with no_pictures(), Faulty(out, rank, fault).installed(), join("cpu", config.run.timeout_seconds) as world:
-        trainer.fit(config, world)
+    config, faulty = stateful(arch, out, **settings), Faulty(out, rank, fault)
+    with ExitStack() as stack:
+        stack.enter_context(no_pictures())
+        for target, name, new in (
+            (trainer, "train_step", faulty.train_step),
+            (trainer, "starting_model", faulty.starting_model),
+            (trainer, "evaluate", faulty.evaluate),
+            (trainer, "save_state", faulty.save_state),
+            (run, "save_state", faulty.save_state),
+            (run, "save_step", faulty.save_step),
+            (step, "backward", faulty.backward),
+            (torch, "save", faulty.save),
+            (os, "fsync", faulty.counted("fsync", os.fsync)),
+            (os, "link", faulty.counted("link", os.link)),
+            (Path, "replace", faulty.counted("rename", Path.replace)),
+            (Path, "unlink", faulty.counted("removal", Path.unlink)),
+        ):
+            stack.enter_context(mock.patch.object(target, name, new))
+        trainer.fit(config, stack.enter_context(join("cpu", config.run.timeout_seconds)))
 
 
 if __name__ == "__main__":

@@ -10,23 +10,21 @@ import time
 from fer_dist.commandline import run
 from fer_dist.errors import UserError
 
-SLOW_S = 3.0
-
 
 def main() -> None:
     rank = int(os.environ["RANK"])
     if sys.argv[1] == "all":
-        time.sleep(SLOW_S if rank == 0 else 0)  # the others are there long before rank 0
+        time.sleep(3.0 if rank == 0 else 0)  # the others end long before rank 0
         raise UserError("all ranks stumble", "mind the step")
 
     from fer_dist.world import join
 
-    def work() -> None:
+    def fail_on_rank_1() -> None:
         if rank == 1:
             raise UserError("rank 1 stumbles", "mind the step")
 
     with join("cpu") as world:
-        world.together(work)
+        world.together(fail_on_rank_1)
 
 
 if __name__ == "__main__":
