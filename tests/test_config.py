@@ -81,10 +81,8 @@ def test_override_converts() -> None:
         for value, wanted in pairs:
             expected = before.to_dict() | {name.partition(".")[0]: wanted}
             found = before.override({name: value})
-            assert repr(found.to_dict()) == repr(expected), (
-                name,
-                value,
-            )  # 7, 7.0 and numpy's 7 are equal, but not the same
+            # 7, 7.0 and numpy's 7 are equal, but not the same
+            assert repr(found.to_dict()) == repr(expected), (name, value)
 
 
 def test_override_makes_a_copy_and_the_last_wins() -> None:
