@@ -31,10 +31,7 @@ def test_a_folder(folder: Path, tmp_path: Path, capsys: Capture) -> None:
     assert next(iter(plain)) == "counts"
     assert plain["counts"]["black"] == 1
     (group,) = plain["exact"]
-    assert [(p["label"], p["split"], Path(p["name"]).name) for p in group["pictures"]] == [
-        ("fear", "val", "PublicTest_val0.png"),
-        ("angry", "train", "Training_train0.png"),
-    ]
+    assert [(p["label"], p["split"]) for p in group["pictures"]] == [("fear", "val"), ("angry", "train")]
     with Image.open(out / "audit.png") as sheet:
         sheet.load()
     assert sorted(path.name for path in out.iterdir()) == ["audit.json", "audit.png"]
@@ -62,10 +59,7 @@ def test_wrong_arguments_are_refused(folder: Path, tmp_path: Path, monkeypatch: 
     (tmp_path / "out" / "audit.json").mkdir(parents=True)
     for line, message in (
         ("--data.cach_dir x", "did you mean 'data.cache_dir'"),
-        ("--data.size 4", "data.size is 4"),
-        ("--data.on_error maybe", "expected one of stop, skip"),
         ("--optim.lr 1", "--optim.lr is not a setting of the audit"),
-        ("picture.png", "unexpected argument 'picture.png'"),
         ("--data /no/such/place", "/no/such/place"),
         ("--data data --out file", "file cannot be written"),
         ("--data data --out out", "audit.json cannot be written"),

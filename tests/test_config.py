@@ -2,14 +2,16 @@
 
 import dataclasses
 from dataclasses import dataclass
+from operator import attrgetter
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy
 import pytest
 
-from fer_dist.config import Config, ModelConfig, OptimConfig, load_config
+from fer_dist.config import Config, ModelConfig, load_config
 from fer_dist.errors import UserError
-from fer_dist.options import Section, bounds, option, recipes, section, walk
+from fer_dist.options import Section, option, recipes, section, walk
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,45 +34,38 @@ class Outer(Section):
     inner: Inner = section(Inner)
 
 
-def test_every_option_says_what_it_means() -> None:
-    for name, f in walk(Config):
-        assert len(f.metadata["help"]) > 8, name
-
-
-def test_numbers_say_their_unit() -> None:
+def test_every_option_says_what_it_means_and_numbers_their_unit() -> None:
     """In brackets, at the end; these few have none."""
     pure = {"seed", "data.embedded_seed", "data.augment.mixup", "data.augment.cutmix"}
     pure |= {"optim.lr", "optim.weight_decay", "optim.momentum", "train.ema"}
-    numbers = {name: f for name, f in walk(Config) if f.type in (int, float, int | None, float | None)}
-    assert {name for name, f in numbers.items() if not f.metadata["help"].endswith("]")} == pure
+    helps = {name: f.metadata["help"] for name, f in walk(Config)}
+    assert {name for name, text in helps.items() if len(text) <= 8} == set()
+    numbers = {name for name, f in walk(Config) if f.type in (int, float, int | None, float | None)}
+    assert {name for name in numbers if not helps[name].endswith("]")} == pure
 
 
 def test_yaml_out_and_in_is_the_same(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
-    for config in (Config(), *map(load_config, recipes())):
+    options = {"a": {"b": [1, 2.5, "x"]}, "empty": {}, "dotted.key": "1", "none": None, "word": "true"}
+    odd = Config().override({"model.options": options, "run.name": "2026", "data.path": "ä # b: c"})
+    assert odd.model.options == options
+    for config in (odd, *map(load_config, recipes())):
         path.write_text(config.to_yaml(), encoding="utf-8")
         assert load_config(str(path)) == config
-
-
-def test_yaml_keeps_what_is_hard_to_write(tmp_path: Path) -> None:
-    options = {"a": {"b": [1, 2.5, "x"]}, "empty": {}, "dotted.key": "1", "none": None, "word": "true"}
-    config = Config().override({"model.options": options, "run.name": "2026", "data.path": "ä # b: c"})
-    path = tmp_path / "config.yaml"
-    path.write_text(config.to_yaml(), encoding="utf-8")
-    again = load_config(str(path))
-    assert again == config
-    assert again.model.options == options
+    for text in ("", "# nothing yet\n", "optim:\n", "data:\n  augment:\n"):
+        path.write_text(text, encoding="utf-8")
+        assert load_config(str(path)) == Config()
 
 
 def test_override_converts() -> None:
     before = Outer(name="before", limit=9)
     conversions: dict[str, list[tuple[Any, Any]]] = {
-        "count": [("7", 7), (7.0, 7), ("1e1", 10)],
-        "ratio": [("3e-4", 3e-4), (2, 2.0)],
+        "count": [("7", 7), (7.0, 7), ("1e1", 10), (numpy.int64(4), 4)],
+        "ratio": [("3e-4", 3e-4), (2, 2.0), (numpy.float32(0.5), 0.5)],
         "name": [("x", "x"), (Path("a/b"), "a/b"), ("none", None), (None, None)],
         "place": [("none", "none")],
         "limit": [("4", 4), ("None", None)],
-        "fast": [("true", True), ("False", False), (True, True)],
+        "fast": [("true", True), ("False", False), (True, True), (numpy.True_, True)],
         "inner.rate": [("1", {"rate": 1.0, "kind": "round"})],
         "inner.kind": [("square", {"rate": 0.5, "kind": "square"})],
         "inner": [({"kind": "square"}, {"rate": 0.5, "kind": "square"}), (None, {"rate": 0.5, "kind": "round"})],
@@ -78,6 +73,7 @@ def test_override_converts() -> None:
         "extra.a": [
             *(("3e-4", {"a": 3e-4}), ("64", {"a": 64}), ("[1, 2]", {"a": [1, 2]}), ("true", {"a": True})),
             *(("text: : x", {"a": "text: : x"}), ("2026-01-02", {"a": "2026-01-02"})),
+            (numpy.int32(8), {"a": 8}),
         ],
         "extra.a.b": [("1", {"a": {"b": 1}})],
     }
@@ -85,7 +81,8 @@ def test_override_converts() -> None:
         for value, wanted in pairs:
             expected = before.to_dict() | {name.partition(".")[0]: wanted}
             found = before.override({name: value})
-            assert repr(found.to_dict()) == repr(expected), (name, value)  # 7 and 7.0 are equal, but not the same
+            # 7, 7.0 and numpy's 7 are equal, but not the same
+            assert repr(found.to_dict()) == repr(expected), (name, value)
 
 
 def test_override_makes_a_copy_and_the_last_wins() -> None:
@@ -95,15 +92,6 @@ def test_override_makes_a_copy_and_the_last_wins() -> None:
     assert (after.extra, after.inner.rate) == ({"a": 1, "b": 2}, 0.2)
     with pytest.raises(dataclasses.FrozenInstanceError):
         after.count = 4  # type: ignore[misc]
-
-
-def test_numbers_of_numpy_become_plain() -> None:
-    numpy = pytest.importorskip("numpy")
-    drawn = {"count": numpy.int64(4), "ratio": numpy.float32(0.5), "fast": numpy.True_, "extra.n": numpy.int32(8)}
-    config = Outer().override(drawn)
-    assert config == Outer(count=4, ratio=0.5, fast=True, extra={"n": 8})
-    assert type(config.count) is type(config.extra["n"]) is int
-    config.to_yaml()
 
 
 def test_override_refuses() -> None:
@@ -139,53 +127,35 @@ def test_override_refuses() -> None:
             assert caught.value.fix
 
 
-@pytest.mark.parametrize("digits", [400, 5000])  # Python itself prints 4300
-def test_a_number_that_no_float_can_hold_is_refused(digits: int) -> None:
+def test_a_number_that_no_float_can_hold_is_refused() -> None:
     for name in ("count", "ratio", "limit", "extra", "extra.n", "inner.rate"):
-        for number in (10**digits, -(10**digits)):
+        for number in (10**400, -(10**5000)):  # Python itself prints 4300 digits
             with pytest.raises(UserError, match=rf"^{name}: a number is too large\n  -> write a smaller one"):
                 Outer().override({name: {"a": [number]} if name == "extra" else number})
 
 
-def test_bounds_hold_wherever_the_value_comes_from() -> None:
-    with pytest.raises(UserError, match=r"lr is -1\.0, expected > 0"):
-        OptimConfig(lr=-1)
-    with pytest.raises(UserError, match=r"lr is -1\.0"):
-        dataclasses.replace(OptimConfig(), lr=-1)
-    shown = {name: bounds(f) for name, f in walk(Outer)}
-    assert (shown["count"], shown["ratio"], shown["place"]) == (">= 1 and <= 10", "> 0", "")
-
-
 def test_every_bound_is_kept() -> None:
-    """Each default is allowed, each bound itself too, and what lies beyond is refused."""
-    for owner in _sections(Config):
-        for f in dataclasses.fields(owner):
-            for key, beyond in (("low", -1), ("above", 0), ("high", 1)):
-                if (bound := f.metadata.get(key)) is None:
-                    continue
-                if key != "above":
-                    assert getattr(owner(**{f.name: bound}), f.name) == bound
-                with pytest.raises(UserError, match=f.name):
-                    owner(**{f.name: bound + beyond})
-
-
-def _sections(kind: Any) -> list[Any]:
-    inner = [f.type for f in dataclasses.fields(kind) if dataclasses.is_dataclass(f.type)]
-    return [kind, *(below for part in inner for below in _sections(part))]
+    """Each bound itself is allowed, and what lies beyond is refused."""
+    for name, f in walk(Config):
+        for key, beyond in (("low", -1), ("above", 0), ("high", 1)):
+            if (bound := f.metadata[key]) is None:
+                continue
+            if key != "above":
+                assert attrgetter(name)(Config().override({name: bound})) == bound
+            with pytest.raises(UserError, match=name):
+                Config().override({name: bound + beyond})
 
 
 def test_the_nearest_name_is_shown() -> None:
     nearest = {
         "optim.lr": ("optim.lrr", "lr", "model.lr", "optim.learning_rate", "learning-rate"),
         "train.global_batch": ("batch_size", "train.global-batch"),
-        "train.epochs": ("epochs", "num_epochs"),
+        "train.epochs": ("num_epochs",),
         "train.patience": ("early_stopping",),
         "data.augment.flip": ("augment.flip",),
         "data.augment.rotation": ("data.augment.rotate",),
-        "optim.weight_decay": ("optim.weightdecay",),
         "optim.name": ("optimizer",),
         "model.freeze_depth": ("freeze",),
-        "model.arch": ("model.architecture",),
         "run.dir": ("output_dir",),
     }
     for meant, words in nearest.items():
@@ -193,10 +163,7 @@ def test_the_nearest_name_is_shown() -> None:
             with pytest.raises(UserError) as caught:
                 Config().override({typed: 1})
             assert str(caught.value) == f"unknown setting {typed!r}\n  -> did you mean {meant!r}? --help lists all"
-
-
-def test_a_section_alone_suggests_its_own_names() -> None:
-    with pytest.raises(UserError, match="did you mean 'freeze_depth'"):
+    with pytest.raises(UserError, match="did you mean 'freeze_depth'"):  # of a section alone
         ModelConfig().override({"freeze_dept": 1})
 
 
@@ -206,7 +173,6 @@ def test_a_wrong_file_is_named(tmp_path: Path) -> None:
         (b"optim: {lr: [}", "is not YAML: while parsing"),
         (b"\xff\xfe\x00lr", "is not YAML"),
         (b"- a\n- b\n", "holds a list, expected a mapping"),
-        (b"just words\n", "holds a str, expected a mapping"),
         (b"optim:\n  lrr: 1\n", "unknown setting 'optim.lrr'"),
         (b"optim: 3\n", "optim is a section, not a value"),
         (b"optim:\n  lr: fast\n", "optim.lr is 'fast', expected a number"),
@@ -218,13 +184,6 @@ def test_a_wrong_file_is_named(tmp_path: Path) -> None:
             load_config(str(path))
         assert str(path) in caught.value.problem
         assert problem in caught.value.problem
-
-
-def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "mine.yaml"
-    for text in ("", "# nothing yet\n", "optim:\n", "data:\n  augment:\n"):
-        path.write_text(text, encoding="utf-8")
-        assert load_config(str(path)) == Config()
 
 
 def test_an_unknown_recipe_shows_the_known() -> None:

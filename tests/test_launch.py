@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from fer_dist.launch import summary
-from tests.helpers.processes import ROOT, Process
+from tests.helpers.processes import Process, python
 
-FLAGS = ("--standalone", "--nproc_per_node=2", "--shutdown-timeout=60", "--signals-to-handle=SIGTERM,SIGUSR1")
+LAUNCH = ["-m", "fer_dist.launch", "--standalone", "--nproc_per_node=2", "--shutdown-timeout=60"]
+LAUNCH += ["--signals-to-handle=SIGTERM,SIGUSR1"]
 SAVES = """\
 import os, pathlib, signal, sys, time
 told = []
@@ -26,10 +27,6 @@ sys.exit(75)
 """
 
 
-def launch(*words: str) -> Process:
-    return Process([sys.executable, "-m", "fer_dist.launch", *FLAGS, *words], cwd=ROOT)
-
-
 @pytest.mark.parametrize(
     ("codes", "code"),
     [({75, 69}, 75), ({75, 1}, 75), ({2, -15}, 2), ({69}, 69), ({69, 1}, 1), ({-9, 69}, 1), ({1}, 1), ({3}, 1)],
@@ -39,7 +36,7 @@ def test_one_code_for_all(codes: set[int], code: int) -> None:
 
 
 def test_an_error_of_the_user() -> None:
-    done = launch("-m", "fer_dist.train", "--optim.lr", "-1").wait()
+    done = python(*LAUNCH, "-m", "fer_dist.train", "--optim.lr", "-1")
     assert done.code == 2
     assert done.err.count("expected > 0") == 1
     assert "Traceback" not in done.err
@@ -49,7 +46,7 @@ def test_many_signals_during_the_save(tmp_path: Path) -> None:
     """Preemption alone sends two; the ranks are not left alone in the middle of their save."""
     script = tmp_path / "saves.py"
     script.write_text(SAVES)
-    process = launch(str(script), str(tmp_path))
+    process = Process([sys.executable, *LAUNCH, str(script), str(tmp_path)])
     deadline = time.monotonic() + 60
     while not all((tmp_path / f"up-{rank}").exists() for rank in (0, 1)):
         assert time.monotonic() < deadline

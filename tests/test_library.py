@@ -5,25 +5,15 @@ from pathlib import Path
 from tests.helpers.processes import python
 
 SCRIPT = """
-import sys
 from fer_dist import Config, UserError, fit
 
 config = Config().override({
-    "run.progress": "none",
-    "run.tensorboard": False,
-    "data.embedded_train": 64,
-    "data.embedded_val": 21,
-    "model.arch": "patt_lite",
-    "model.pretrained": False,
-    "model.image_size": 48,
-    "model.options.width_mult": 0.25,
-    "model.options.channels": 32,
-    "model.options.cut": 3,
-    "train.device": "cpu",
-    "train.global_batch": 32,
-    "train.epochs": 2,
+    "run": {"progress": "none", "tensorboard": False},
+    "data": {"embedded_train": 64, "embedded_val": 21},
+    "model": {"arch": "patt_lite", "pretrained": False, "image_size": 48},
+    "model.options": {"width_mult": 0.25, "channels": 32, "cut": 3},
+    "train": {"device": "cpu", "global_batch": 32, "epochs": 2},
 })
-
 heard = []
 result = fit(config, on_epoch=lambda record: heard.append(record.epoch))
 assert heard == [1, 2]
@@ -51,4 +41,3 @@ def test_fit_in_one_process(tmp_path: Path) -> None:
     done = python("-W", "error", "-c", SCRIPT, cwd=tmp_path).ok()
     assert "a run is never overwritten" in done.out
     assert done.err == ""
-    assert len(list((tmp_path / "runs").iterdir())) == 2

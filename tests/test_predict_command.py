@@ -10,7 +10,7 @@ from PIL import Image
 
 from fer_dist.data.synthetic import draw_faces
 from fer_dist.predict import main
-from fer_dist.serve.faces import DETAIL, MARGIN
+from fer_dist.serve.faces import DETAIL
 from fer_dist.serve.predictor import BATCH
 from fer_dist.spec import EXPRESSIONS
 from tests.helpers.artifacts import trained
@@ -73,8 +73,7 @@ def test_a_folder(folder: Path, model: Path, tmp_path: Path, capsys: Capture) ->
 
 
 def test_ready_crops(model: Path, tmp_path: Path, capsys: Capture) -> None:
-    faces = draw_faces(3, 0, 0, seed=1).images_NHW
-    for i, image in enumerate(faces):
+    for i, image in enumerate(draw_faces(3, 0, 0, seed=1).images_NHW):
         Image.fromarray(image).save(tmp_path / f"{i}.png")
     assert command(main, tmp_path, "--model", model, "--no-detect", "--json", tmp_path / "x.json") == 0
     assert "3 pictures, 3 faces; 0 without a face; 0 not read" in capsys.readouterr().out
@@ -97,9 +96,11 @@ def test_an_error_if_nothing_could_be_read(model: Path, tmp_path: Path, capsys: 
 def test_the_settings_have_their_effect(folder: Path, model: Path, capsys: Capture) -> None:
     """A margin changes the crop, and so the probabilities; a small detail does not see small faces."""
     printed = []
+    two = (folder / "two.png").rename(folder / "t\x1b[2Jwo.png")
     for words in (["--margin", 0.5], ["--margin", 0], ["--batch", 1, "--workers", 1]):
-        assert command(main, folder / "two.png", "--model", model, *words) == 0
+        assert command(main, two, "--model", model, *words) == 0
         printed.append(capsys.readouterr().out)
+        assert "t?[2Jwo.png: 2 faces" in printed[-1], "no control character reaches the terminal"
     assert printed[0] != printed[1] == printed[2]
     Image.fromarray(scene([60] * 9, 3, width=1280, height=960).rgb_HW3).save(folder / "small.png")
     for detail, least in ((160, 0), (DETAIL, 5)):
@@ -116,25 +117,16 @@ def test_wrong_arguments_are_refused(model: Path, tmp_path: Path, monkeypatch: P
     for line, message in (
         ("", "the following arguments are required: IMAGE_OR_FOLDER"),
         ("a.png --model missing.onnx", "missing.onnx"),
-        ("a.png --model a.txt", "ends in none of"),
         ("a.png --model MODEL --margin 9", "margin is 9.0, expected -0.4..2"),
-        ("a.png --model MODEL --margin wide", "invalid float value"),
         ("a.png --model MODEL --detail 9", "detail is 9, expected"),
         ("a.png --model MODEL --batch 0", "0 is not a number within 1..65536"),
         ("a.png --model MODEL --workers x", "x is not a number within 1..65536"),
         ("a.png --model MODEL --json no/such/x.json", "cannot write no/such/x.json"),
         ("a.png --model MODEL --out a.png", "a.png cannot be made: File exists"),
         ("a.png --model MODEL --out .", "would replace a.png"),
-        ("a.png --bogus", "unrecognized arguments: --bogus"),
     ):
         with nothing_changes(tmp_path):
             assert message in refused(capsys, main, *line.replace("MODEL", str(model)).split()), line
-
-
-def test_names_are_shown_without_control_characters(folder: Path, model: Path, capsys: Capture) -> None:
-    (folder / "two.png").rename(folder / "t\x1b[2Jwo.png")
-    assert command(main, folder / "t\x1b[2Jwo.png", "--model", model) == 0
-    assert "t?[2Jwo.png: 2 faces" in capsys.readouterr().out
 
 
 def test_memory_is_flat_over_a_large_folder(model: Path, tmp_path: Path) -> None:
@@ -146,10 +138,9 @@ def test_memory_is_flat_over_a_large_folder(model: Path, tmp_path: Path) -> None
             (tmp_path / name / f"{i}.png").symlink_to(tmp_path / "0.png")
     peaks = []
     for name, count in (("few", 24), ("many", 56)):
+        words = [str(tmp_path / name), "--model", str(model), "--out", str(tmp_path / "out"), "--batch", "8"]
         code = (
-            "import resource, sys; from fer_dist.predict import _main\n"
-            f"_main([{str(tmp_path / name)!r}, '--model', {str(model)!r},"
-            f" '--out', {str(tmp_path / 'out')!r}, '--batch', '8'])\n"
+            f"import resource; from fer_dist.predict import _main; _main({words!r})\n"
             "print('peak', resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
         )
         done = python("-c", code).ok()
@@ -163,5 +154,3 @@ def test_the_help_says_the_defaults(capsys: Capture) -> None:
     shown = capsys.readouterr().out
     for option, default in {"--detail": DETAIL, "--batch": BATCH}.items():
         assert re.search(rf"{option} [A-Z]+\s[^-]*\({default}\)", shown)
-    assert MARGIN == 0
-    assert "(0: as tight as FER2013)" in " ".join(shown.split())

@@ -30,8 +30,11 @@ from tests.helpers.exporting import command, saved
 class Stage:
     """Stands in for every command: notes it, and leaves what it would leave."""
 
-    def __init__(self, folder: Path, *, lost: float = 0.001, code: int = 0) -> None:
-        self.folder, self.lost, self.code = folder, lost, code
+    lost, code = 0.001, 0
+    """Accuracy that int8 loses, and the exit code of its export."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.calls: list[str] = []
         self.data = folder / "secret" / "archive.zip"
         self.data.parent.mkdir(parents=True)
@@ -114,27 +117,27 @@ class Stage:
         return self.calls
 
 
-def stage(folder: Path, monkeypatch: Patch, **values: Any) -> Stage:
-    made = Stage(folder, **values)
-    monkeypatch.setattr(subprocess, "run", made)
-    return made
+@pytest.fixture
+def made(tmp_path: Path, monkeypatch: Patch) -> Stage:
+    """The stand-in, in place of `subprocess.run`."""
+    stage = Stage(tmp_path)
+    monkeypatch.setattr(subprocess, "run", stage)
+    return stage
 
 
 ALL = ["fer_dist.calibrate", "export.onnx int8", "fer_dist.evaluate", "fer_dist.evaluate"]
 ALL += ["benchmarks.robustness", "benchmarks.training_record"]
 
 
-def test_from_a_run_to_what_ships(tmp_path: Path, monkeypatch: Patch) -> None:
+def test_from_a_run_to_what_ships(made: Stage, tmp_path: Path) -> None:
     """Once; again nothing runs; of another archive, or where a file is gone, only what depends on it."""
-    made = stage(tmp_path, monkeypatch)
-    assert made.go("--into", tmp_path / "assets") == ALL
-    held = {path.name for path in (tmp_path / "assets").iterdir()}
-    assert held == {NAME, f"{NAME}.json", WEIGHTS, "measured.json", "MODEL_CARD.md"}
-    for path in (tmp_path / "assets").iterdir():
-        assert b"secret" not in path.read_bytes()
-        assert b"hidden" not in path.read_bytes()
-    assert load(tmp_path / "assets" / WEIGHTS).config["data"]["path"] == "archive.zip"
-    about = json.loads((tmp_path / "assets" / f"{NAME}.json").read_text())
+    assets = tmp_path / "assets"
+    assert made.go("--into", assets) == ALL
+    assert {path.name for path in assets.iterdir()} == {NAME, f"{NAME}.json", WEIGHTS, "measured.json", "MODEL_CARD.md"}
+    for path in assets.iterdir():
+        assert not re.search(b"secret|hidden", path.read_bytes())
+    assert load(assets / WEIGHTS).config["data"]["path"] == "archive.zip"
+    about = json.loads((assets / f"{NAME}.json").read_text())
     assert (about["precision"], about["data"]["data"]["path"]) == ("int8.cpu", "archive.zip")
     assert about["parity"]["data"] == "validation part of archive.zip"
     assert made.go() == []
@@ -143,8 +146,7 @@ def test_from_a_run_to_what_ships(tmp_path: Path, monkeypatch: Patch) -> None:
     made.data.write_bytes(b"other pictures")
     assert made.go() == ALL[:-1]
     # A model that is too large, or was not judged on all pictures, does not ship.
-    work = Work(data=made.data, folder=tmp_path / "out", runs=(made.run,))
-    path = tmp_path / "out" / INT8
+    work, path = Work(data=made.data, folder=tmp_path / "out", runs=(made.run,)), tmp_path / "out" / INT8
     plain = json.loads(sidecar(path).read_text())
     for wrong in ({"bytes": 6_000_001}, {"parity": {**plain["parity"], "count": 69}}):
         sidecar(path).write_text(json.dumps(plain | wrong))
@@ -152,28 +154,19 @@ def test_from_a_run_to_what_ships(tmp_path: Path, monkeypatch: Patch) -> None:
             reproduce.ship(work, path)
 
 
-@pytest.mark.parametrize("values", [{"lost": 0.0051}, {"code": EXIT_REJECTED}, {"lost": 0.005}])
+@pytest.mark.parametrize(
+    ("lost", "code", "shipped"), [(0.0051, 0, "fp16"), (0.001, EXIT_REJECTED, "fp16"), (0.005, 0, "int8.cpu")]
+)
 def test_float16_ships_where_int8_loses_more_than_half_a_point(
-    values: dict[str, Any], tmp_path: Path, monkeypatch: Patch, capsys: Capture
+    lost: float, code: int, shipped: str, made: Stage, tmp_path: Path
 ) -> None:
-    half = values != {"lost": 0.005}
-    calls = stage(tmp_path, monkeypatch, **values).go()
-    assert calls[:2] == ["fer_dist.calibrate", "export.onnx int8"]
-    assert (calls[2] == "export.onnx fp16") == half
-    shipped = json.loads((tmp_path / "out" / "ship" / f"{NAME}.json").read_text())
-    assert shipped["precision"] == ("fp16" if half else "int8.cpu")
-    assert ("float16 ships" in capsys.readouterr().out) == half
+    made.lost, made.code = lost, code
+    assert made.go() == [*ALL[:2], *(["export.onnx fp16"] if shipped == "fp16" else []), *ALL[2:]]
+    assert json.loads((tmp_path / "out" / "ship" / f"{NAME}.json").read_text())["precision"] == shipped
 
 
-def test_a_step_that_fails_is_repeated(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
-    made = stage(tmp_path, monkeypatch, code=EXIT_USER_ERROR)
-    assert "export-int8 left with exit code 2" in refused(capsys, reproduce.main, *made.words())
-    made.code = 0
-    assert made.go() == ALL[1:]
-
-
-def test_missing_inputs_are_refused(tmp_path: Path, monkeypatch: Patch, capsys: Capture) -> None:
-    made = stage(tmp_path, monkeypatch)
+def test_missing_inputs_and_failed_steps_end_it(made: Stage, tmp_path: Path, capsys: Capture) -> None:
+    """The step that has failed is repeated."""
     for option, name, message in (
         ("--data", "gone.zip", "gone.zip does not exist"),
         ("--failures", "gone.md", "gone.md is no file"),
@@ -181,11 +174,14 @@ def test_missing_inputs_are_refused(tmp_path: Path, monkeypatch: Patch, capsys: 
     ):
         assert message in refused(capsys, reproduce.main, *made.words(), option, tmp_path / name)
     assert made.calls == []
+    made.code = EXIT_USER_ERROR
+    assert "export-int8 left with exit code 2" in refused(capsys, reproduce.main, *made.words())
+    made.code = 0
+    assert made.go() == ALL[1:]
 
 
-def test_a_recipe_starts_from_the_best_model_of_the_one_before(tmp_path: Path, monkeypatch: Patch) -> None:
+def test_a_recipe_starts_from_the_best_model_of_the_one_before(made: Stage, tmp_path: Path, monkeypatch: Patch) -> None:
     """After a break, the second alone is trained again."""
-    made = stage(tmp_path, monkeypatch)
     launched: list[list[str]] = []
     broken = True
 
@@ -201,18 +197,16 @@ def test_a_recipe_starts_from_the_best_model_of_the_one_before(tmp_path: Path, m
         return subprocess.CompletedProcess(words, 0)
 
     monkeypatch.setattr(subprocess, "run", call)
-    weights = tmp_path / "mobilenet.pth"
+    weights, runs = tmp_path / "mobilenet.pth", tmp_path / "out" / "runs"
     weights.write_bytes(b"weights")
     words = ["--data", made.data, "--out", tmp_path / "out", "--recipe", "one,two", "--weights", weights]
     assert command(reproduce.main, *words) == EXIT_USER_ERROR
     broken = False
     assert command(reproduce.main, *words) == 0
-    runs = tmp_path / "out" / "runs"
     started = [(one[one.index("--config") + 1], one[one.index("--model.weights") + 1]) for one in launched]
-    first, second = ("one", str(weights)), ("two", str(runs / "one" / "best.pth"))
-    assert started == [first, second, second]
+    second = ("two", str(runs / "one" / "best.pth"))
+    assert started == [("one", str(weights)), second, second]
     assert all(one[-2:] == ["--run.resume", "auto"] for one in launched)
-    assert made.calls[-1] == "benchmarks.training_record"
     record = json.loads((tmp_path / "out" / "steps" / "training-record.json").read_text())["command"]
     assert record[2:4] == [str(runs / "one"), str(runs / "two")]
 
@@ -220,8 +214,7 @@ def test_a_recipe_starts_from_the_best_model_of_the_one_before(tmp_path: Path, m
 # -- the card
 
 
-def test_the_card_says_what_was_measured(tmp_path: Path, monkeypatch: Patch) -> None:
-    made = stage(tmp_path, monkeypatch)
+def test_the_card_says_what_was_measured(made: Stage, tmp_path: Path) -> None:
     (tmp_path / "failures.md").write_text("Hands before the mouth.\n")
     made.go("--failures", tmp_path / "failures.md")
     ship = tmp_path / "out" / "ship"
@@ -241,9 +234,7 @@ def test_the_card_says_what_was_measured(tmp_path: Path, monkeypatch: Patch) -> 
         # Two epochs of half an hour on two ranks, one on four.
         "3 epochs, the best one 2 (seed 0; 4 ranks, cpu, 2 cores, 1 threads per rank; torch 2); 4.0 CPU-hours",
         "PrivateTest was not used for anything",
-        "2024/1689",
         "Article 5(1)(f)",
-        "not known",
         "int8.cpu, as shipped",
     ):
         assert text in card, text
@@ -254,25 +245,21 @@ def test_the_card_says_what_was_measured(tmp_path: Path, monkeypatch: Patch) -> 
     assert "has not been measured" in bare
 
 
-def test_the_card_refuses_reports_of_another_model_or_part(tmp_path: Path, monkeypatch: Patch) -> None:
-    stage(tmp_path, monkeypatch).go()
+def test_the_card_refuses_reports_of_another_model_or_part(made: Stage, tmp_path: Path) -> None:
+    made.go()
     path, table = tmp_path / "out" / "evaluation-flip" / "report.json", tmp_path / "out" / "robustness.json"
-    report, rows = json.loads(path.read_text()), json.loads(table.read_text())
-    other = json.loads(path.read_text())
-    other["artifacts"][1]["checkpoint_sha256"] = "0" * 64
+    report, rows = path.read_text(), table.read_text()
     for file, content, problem in (
-        (table, rows | {"limit": 300}, "of 300 pictures, not of all"),
-        (path, report | {"split": "test"}, "not of the validation part"),
-        (path, other, "of another model"),
+        (table, rows.replace("{", '{"limit": 300, ', 1), "of 300 pictures, not of all"),
+        (path, report.replace('"split": "val"', '"split": "test"'), "not of the validation part"),
+        (path, report.replace(file_sha256(tmp_path / "out" / CHECKPOINT), "0" * 64, 1), "of another model"),
+        (path, "", "cannot read"),
     ):
         before = file.read_text()
-        file.write_text(json.dumps(content))
+        file.write_text(content)
         with pytest.raises(UserError, match=problem):
             gather(tmp_path / "out", "")
         file.write_text(before)
-    path.unlink()
-    with pytest.raises(UserError, match="cannot read"):
-        gather(tmp_path / "out", "")
 
 
 # -- the training

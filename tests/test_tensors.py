@@ -1,7 +1,6 @@
 """The reader of tensors: what torch.save and safetensors write comes back, and nothing else reads such files."""
 
 import ast
-import os
 import zipfile
 from collections import OrderedDict
 from pathlib import Path
@@ -10,10 +9,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import nn
 
 from fer_dist.tensors import NotTensors, read_tensors
 from tests.conftest import ROOT
+from tests.helpers.small_runs import same
 from tests.test_import_order import named
 
 DTYPES = [
@@ -29,20 +29,6 @@ def back(content: Any, path: Path, legacy: bool = False) -> Any:
     return read_tensors(path)
 
 
-def same(one: Any, other: Any) -> bool:
-    """Whether two values are alike in types, numbers and the layout of their tensors."""
-    if type(one) is not type(other):
-        return False
-    if isinstance(one, Tensor):
-        alike = one.dtype == other.dtype and one.shape == other.shape and one.stride() == other.stride()
-        return alike and one.device == other.device and torch.equal(one, other)
-    if isinstance(one, dict):
-        return list(one) == list(other) and all(same(value, other[key]) for key, value in one.items())
-    if isinstance(one, list | tuple):
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
-
-
 def test_every_type_of_numbers(tmp_path: Path) -> None:
     path = tmp_path / "x.pth"
     for dtype, legacy in [*((d, False) for d in (*DTYPES, *NEW_DTYPES)), *((d, True) for d in DTYPES)]:
@@ -50,10 +36,6 @@ def test_every_type_of_numbers(tmp_path: Path) -> None:
         found = back(made, path, legacy)
         assert found["dtype"] == found["x"].dtype == dtype
         assert same(found["x"].to(torch.complex128), made["x"].to(torch.complex128)), (dtype, legacy)
-    for dtype in NEW_DTYPES:
-        torch.save({"x": torch.ones(2).to(dtype)}, path, _use_new_zipfile_serialization=False)
-        with pytest.raises(AttributeError):
-            torch.load(path)  # torch cannot, either
 
 
 def checkpoint() -> dict[Any, Any]:
@@ -96,63 +78,31 @@ def test_what_it_is_goes_by_its_content(tmp_path: Path) -> None:
         assert same(read_tensors(str(tmp_path / f"x.{suffix}")), made)
 
 
-@pytest.mark.parametrize("comment", [b"sha256 " + b"0" * 64, b"x" * 65_535])
-def test_a_comment_behind_the_zip(tmp_path: Path, comment: bytes) -> None:
+def test_a_comment_behind_the_zip(tmp_path: Path) -> None:
+    """The longest that there can be; where torch and zipfile take a part of it for the archive's end, it is refused."""
     path = tmp_path / "x.pth"
     torch.save(checkpoint(), path)
     with zipfile.ZipFile(path, "a") as archive:
-        archive.comment = comment
-    assert path.read_bytes().endswith(comment)
+        archive.comment = b"x" * 65_535
     assert same(read_tensors(path), checkpoint())
     with zipfile.ZipFile(path, "a") as archive:
-        archive.comment = comment[:100] + b"PK\5\6" + comment[:100]  # to torch and to zipfile, the archive ends there
+        archive.comment = b"x" * 100 + b"PK\5\6" + b"x" * 100
     with pytest.raises(NotTensors):
         read_tensors(path)
 
 
-def test_the_real_mobilenet(real_mobilenet: Path) -> None:
-    """It is of the old format."""
-    assert real_mobilenet.read_bytes()[:2] == b"\x80\x02"
-    assert same(read_tensors(real_mobilenet), torch.load(real_mobilenet, weights_only=True))
-
-
-def test_missing_and_unreadable_files_differ(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        read_tensors(tmp_path / "x.pth")
-    with pytest.raises(IsADirectoryError):
-        read_tensors(tmp_path)
-    os.mkfifo(tmp_path / "pipe")
-    for special in (tmp_path / "pipe", Path("/dev/zero")):
-        with pytest.raises(NotTensors, match="no regular file"):  # and not waited for
-            read_tensors(special)
-    for content in (b"", b"PK", b"PK\3\4", bytes(100), b"\x80\x02}.", b"hello, world", b"12345678{"):
-        (tmp_path / "x.pth").write_bytes(content)
-        with pytest.raises(NotTensors) as caught:
-            read_tensors(tmp_path / "x.pth")
-        assert len(str(caught.value).splitlines()) == 1
-        assert "\x1b" not in str(caught.value)
-
-
 def test_values_that_our_checkpoints_never_hold_are_refused(tmp_path: Path) -> None:
+    """As torch.save writes them; what it never writes: faults/test_hostile_pickles.py."""
     contents: list[tuple[Any, str]] = [
-        ({"x": b"bytes"}, "it names _codecs.encode"),
         ({"x": {1, 2}}, "it names __builtin__.set"),
-        ({(1, 2): 3}, "a key is of type tuple"),
         ({"x": torch.device("cpu")}, "it names torch.device"),
         ({"x": torch.zeros(2, 2).to_sparse()}, "it names torch"),
         ({"x": torch.zeros(2, dtype=torch.complex64).conj()}, "as torch.save does not"),
-        ({"x": torch.relu}, "it names"),
         ({"a\x1b[2J": OrderedDict}, r"a\?\[2J is neither a tensor nor a plain value"),
     ]
     for content, reason in contents:
         with pytest.raises(NotTensors, match=reason):
             back(content, tmp_path / "x.pth")
-
-
-def test_a_newer_pickle_protocol(tmp_path: Path) -> None:
-    torch.save({"x": torch.zeros(1), "y": 1}, tmp_path / "x.pth", pickle_protocol=4)
-    with pytest.raises(NotTensors, match=r"it names torch\._utils\._rebuild_tensor_v2|protocol 4, torch reads 2"):
-        read_tensors(tmp_path / "x.pth")
 
 
 # -- no other place reads such files
@@ -167,9 +117,6 @@ UNSAFE = (
     *("yaml.load", "yaml.load_all", "yaml.full_load", "yaml.unsafe_load", "yaml.Loader", "yaml.UnsafeLoader"),
 )
 """Readers of tensors and functions that run code from a file, which no file may name."""
-SOURCES = [
-    path for part in ("fer_dist", "export", "tune", "benchmarks") for path in sorted((ROOT / part).rglob("*.py"))
-]
 
 
 def unsafe(file: str, source: str) -> list[str]:
@@ -200,8 +147,8 @@ def _is(node: ast.expr | None, value: bool) -> bool:
 
 
 def test_files_are_loaded_in_one_place() -> None:
-    assert len(SOURCES) > 40
-    found = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in SOURCES}
+    paths = [path for part in ("fer_dist", "export", "tune", "benchmarks") for path in (ROOT / part).rglob("*.py")]
+    found = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in paths}
     assert [(file, line) for file, source in found.items() for line in unsafe(file, source)] == []
     assert sum(name == "torch.load" for _, name in named(found[HOME])) == 1
 

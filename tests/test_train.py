@@ -8,19 +8,19 @@ import pytest
 
 from fer_dist.engine.checkpoint import load
 from fer_dist.errors import EXIT_USER_ERROR
-from tests.helpers.processes import ROOT, WORKERS, Done, by_hand, python, torchrun
+from tests.helpers.processes import ROOT, WORKERS, by_hand, python, torchrun
 
-TINY = [
-    *("--config", "demo", "--data.embedded_train", "140", "--data.embedded_val", "21"),
+TRAIN = [
+    *("-m", "fer_dist.train", "--config", "demo", "--data.embedded_train", "140", "--data.embedded_val", "21"),
     *("--model.options.width_mult", "0.25", "--model.options.channels", "32"),
     *("--train.epochs", "2", "--train.global_batch", "28", "--train.device", "cpu"),
 ]
-TRAIN = ["-m", "fer_dist.train"]
+FLAKY = str(WORKERS / "flaky_worker.py")
 
 
 def test_alone(tmp_path: Path) -> None:
-    """One process, no launcher: a run folder under the working directory, a line of progress per epoch."""
-    done = python("-W", "error", *TRAIN, *TINY, cwd=tmp_path).ok()
+    """No launcher: a run folder under the working directory, a line of progress per epoch; resumed, it stays so."""
+    done = python("-W", "error", *TRAIN, cwd=tmp_path).ok()
     assert done.err == ""
     first, *rest = done.out.splitlines()
     assert "embedded" in first
@@ -31,12 +31,15 @@ def test_alone(tmp_path: Path) -> None:
     assert folder.name.startswith("patt_lite-")
     assert f"runs/{folder.name}/best.pth" in rest[-1]
     assert load(folder / "best.pth").provenance["world_size"] == 1
+
+    resumed = python(*TRAIN, "--run.name", folder.name, "--run.resume", "auto", cwd=tmp_path).ok()
+    assert "checkpoints/step-00000010.pth, after step 10: 2 epochs, 0 steps of the next" in resumed.out
     assert len((folder / "metrics.jsonl").read_text().splitlines()) == 2
 
 
 def test_under_torchrun(tmp_path: Path) -> None:
     """Two ranks: everything is said once, by rank 0, and rank 0 writes."""
-    done = torchrun(2, *TRAIN, *TINY, "--run.name", "two", cwd=tmp_path).ok()
+    done = torchrun(2, *TRAIN, "--run.name", "two", cwd=tmp_path).ok()
     assert len(re.findall(r"^epoch +[12]/2 ", done.out, re.MULTILINE)) == 2
     assert done.out.count("embedded") == 1
     assert "Traceback" not in done.err
@@ -48,62 +51,31 @@ def test_under_torchrun(tmp_path: Path) -> None:
     }
 
 
-def refused(done: Done, message: str) -> None:
+@pytest.mark.parametrize(
+    ("ranks", "words", "message"),
+    [
+        (2, [FLAKY, "one"], "rank 1 stumbles\n  -> mind the step\n"),
+        # rank 0 comes seconds later: torchrun would end it as soon as one of the others left
+        (3, [FLAKY, "all"], "all ranks stumble\n  -> mind the step\n"),
+    ],
+    ids=["of_one_rank", "of_all_ranks"],
+)
+def test_an_error_under_torchrun(ranks: int, words: list[str], message: str) -> None:
     """The message stands there once, without a traceback of ours, and a worker has left with 2."""
+    done = torchrun(ranks, *words)
     assert done.code != 0
-    assert len(re.findall(r"^error: ", done.err, re.MULTILINE)) == 1, done.err
-    assert done.err.count(message) == 1, done.err
+    assert done.err.count("error: ") == done.err.count(f"error: {message}") == 1, done.err
     assert f'File "{ROOT / "fer_dist"}' not in done.err, "torchrun's own traceback may be there, none of our code"
     *others, cause = re.findall(r"exitcode +: (-?\d+)", done.err)  # torchrun puts the first failure last
     assert cause == str(EXIT_USER_ERROR), done.err
     assert set(others) <= {str(EXIT_USER_ERROR), "-15"}, "or ended by torchrun while it was still starting"
 
 
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        (["--data", "nowhere.csv"], "nowhere.csv"),  # found by all ranks, with a group
-        (["--optim.lrr", "1"], "optim.lr"),  # found by all ranks, before there is a group
-    ],
-    ids=["data", "setting"],
-)
-def test_an_error_under_torchrun(tmp_path: Path, words: list[str], message: str) -> None:
-    done = torchrun(2, *TRAIN, *TINY, *words, cwd=tmp_path)
-    assert message in done.err
-    refused(done, "error: ")
-    assert not (tmp_path / "runs").exists()
-
-
-def test_an_error_of_one_rank_under_torchrun() -> None:
-    refused(torchrun(2, str(WORKERS / "flaky_worker.py"), "one"), "error: rank 1 stumbles\n  -> mind the step\n")
-
-
-def test_rank_0_speaks_though_it_is_the_last() -> None:
-    """The other ranks are there seconds earlier: torchrun would end rank 0 as soon as one of them left."""
-    refused(torchrun(3, str(WORKERS / "flaky_worker.py"), "all"), "error: all ranks stumble\n  -> mind the step\n")
-
-
-@pytest.mark.parametrize("words", [[*TRAIN, *TINY, "--data", "nowhere.csv"], [str(WORKERS / "flaky_worker.py"), "one"]])
-def test_every_rank_leaves_with_2(words: list[str]) -> None:
-    """Ranks without an agent, so that each leaves by itself."""
-    first, *others = by_hand(2, *words)
-    assert first.code == EXIT_USER_ERROR
+def test_every_rank_leaves_with_2(tmp_path: Path) -> None:
+    """Ranks without an agent, so that each leaves by itself; an error that all of them find leaves no run folder."""
+    first, other = by_hand(2, *TRAIN, "--run.dir", str(tmp_path / "runs"), "--data", "nowhere.csv")
+    assert first.code == other.code == EXIT_USER_ERROR
     assert first.err.startswith("error: ")
-    assert [(other.code, other.err) for other in others] == [(EXIT_USER_ERROR, "")]
-
-
-def test_an_existing_run_folder(tmp_path: Path) -> None:
-    (tmp_path / "runs" / "mine").mkdir(parents=True)
-    done = python(*TRAIN, *TINY, "--run.name", "mine", cwd=tmp_path)
-    assert done.code == EXIT_USER_ERROR
-    assert done.err.startswith("error: the run folder runs/mine exists; a run is never overwritten\n  -> --run.name")
-    assert list((tmp_path / "runs" / "mine").iterdir()) == []
-
-
-def test_it_goes_on_where_it_was(tmp_path: Path) -> None:
-    """Two epochs in two starts of one epoch each would be another schedule; a killed run goes on with its own."""
-    words = [*TRAIN, *TINY, "--run.name", "mine", "--run.resume", "auto"]
-    python(*words, cwd=tmp_path).ok()
-    done = python(*words, cwd=tmp_path).ok()
-    assert "runs/mine/checkpoints/step-00000010.pth, after step 10: 2 epochs, 0 steps of the next" in done.out
-    assert len((tmp_path / "runs" / "mine" / "metrics.jsonl").read_text().splitlines()) == 2
+    assert "nowhere.csv" in first.err
+    assert other.err == ""
+    assert not (tmp_path / "runs").exists()

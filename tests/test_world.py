@@ -4,12 +4,10 @@ import itertools
 import os
 import time
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
 
 from fer_dist import world as world_module
 from fer_dist.errors import UserError
@@ -17,46 +15,15 @@ from fer_dist.world import World, _fresh_store, _known_launch, join
 from tests.helpers.processes import python
 
 
-def gpus(count: int, monkeypatch: pytest.MonkeyPatch) -> list[torch.device]:
-    """Pretend that so many GPUs are visible; returns the devices that get chosen."""
-    chosen: list[torch.device] = []
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
-    return chosen
-
-
-def test_alone() -> None:
+def test_a_group_is_made_of_torchruns_variables_and_closed_again(monkeypatch: pytest.MonkeyPatch) -> None:
     with join("cpu") as world:
         assert world == World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
-        assert world.first
-    assert not dist.is_initialized()
-
-
-def test_alone_everything_is_its_own() -> None:
-    world = World()
-    x = torch.tensor([1.5])
-    world.mean_([x])
-    model = nn.Linear(2, 2)
-    assert world.sum_(x).item() == 1.5
-    assert world.gather("a") == ["a"]
-    assert world.from_first("a") == "a"
-    assert world.agree(True)
-    assert not world.agree(False)
-    assert world.wrap(model) is model
-    with world.sync(model, last=False):
-        pass
-    calls: list[int] = []
-    assert world.node_first(lambda: calls.append(1)) is None
-    assert calls == [1], "a node's first process does the work once"
-
-
-def test_torchruns_variables_make_a_group_that_is_closed_again(monkeypatch: pytest.MonkeyPatch) -> None:
+        assert not dist.is_initialized(), "alone"
     variables = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     with join("cpu") as world:
         assert (world.rank, world.size) == (0, 1)
-        assert dist.is_initialized()
         assert dist.get_backend() == "gloo"
     assert not dist.is_initialized()
     with pytest.raises(UserError), join("cpu"):
@@ -64,67 +31,33 @@ def test_torchruns_variables_make_a_group_that_is_closed_again(monkeypatch: pyte
     assert not dist.is_initialized()
 
 
-def test_a_group_of_somebody_else_stays_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/group", rank=0, world_size=1)
-    try:
-        with join("cpu") as world:
-            assert (world.rank, world.size) == (0, 1)
-        assert dist.is_initialized()
-    finally:
-        dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("device", ["auto", "cuda"])
-def test_more_ranks_than_gpus(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    gpus(2, monkeypatch)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    with pytest.raises(UserError, match="4 ranks on a node with 2 visible GPUs") as caught, join(device):
-        pass
-    assert "--nproc_per_node=2" in caught.value.fix
-
-
-def test_more_ranks_than_gpus_is_fine_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpus(2, monkeypatch)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    with join("cpu") as world:
-        assert world.device.type == "cpu"
-
-
-def test_cuda_is_asked_for_and_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpus(0, monkeypatch)
-    with pytest.raises(UserError, match="no CUDA device is visible"), join("cuda"):
-        pass
-
-
-def test_auto_takes_the_cpu_where_there_is_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpus(0, monkeypatch)
-    with join("auto") as world:
-        assert world.device.type == "cpu"
-
-
 @pytest.mark.parametrize(
-    ("visible", "local_rank", "local_size", "number"),
-    [(4, 2, 4, 2), (4, 3, 4, 3), (8, 1, 2, 1), (1, 0, 1, 0)],
+    ("device", "gpus", "local_rank", "local_size", "expected"),
+    [
+        ("auto", 4, 3, 4, "cuda:3"),
+        ("auto", 1, 3, None, "cuda:0"),  # Ray and some SLURM set-ups show each rank its own GPU only
+        ("auto", 0, 0, 1, "cpu"),
+        ("cpu", 2, 0, 4, "cpu"),
+        ("auto", 2, 0, 4, "4 ranks on a node with 2 visible GPUs.* --nproc_per_node=2"),
+        ("cuda", 0, 0, 1, "no CUDA device is visible"),
+    ],
 )
-def test_each_rank_takes_its_own_gpu(
-    visible: int, local_rank: int, local_size: int, number: int, monkeypatch: pytest.MonkeyPatch
+def test_the_device_of_a_rank(
+    device: str, gpus: int, local_rank: int, local_size: int | None, expected: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    chosen = gpus(visible, monkeypatch)
+    chosen: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
     monkeypatch.setenv("LOCAL_RANK", str(local_rank))
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_size))
-    with join() as world:
-        assert world.device == torch.device("cuda", number)
-    assert chosen == [torch.device("cuda", number)]
-
-
-def test_a_launcher_that_shows_each_rank_its_own_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ray and some SLURM set-ups: local rank 3 of a node sees one GPU only, which is number 0 to it."""
-    gpus(1, monkeypatch)
-    monkeypatch.setenv("LOCAL_RANK", "3")
-    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
-    with join() as world:
-        assert world.device == torch.device("cuda", 0)
+    if local_size is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local_size))
+    if " " in expected:
+        with pytest.raises(UserError, match=f"(?s){expected}"), join(device):
+            pass
+    else:
+        with join(device) as world:
+            assert str(world.device) == expected
+    assert [str(one) for one in chosen] == ([expected] if expected.startswith("cuda:") else [])
 
 
 @pytest.mark.parametrize(("kinds", "carrier"), [("cpu:gloo,cuda:nccl", "cpu"), ("cuda:nccl", "cuda:1")])
