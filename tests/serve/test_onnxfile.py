@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from onnx import GraphProto, ModelProto, NodeProto, TensorProto, external_data_helper, helper, numpy_helper
+from onnx import ModelProto, NodeProto, TensorProto, external_data_helper, helper, numpy_helper
 
 from fer_dist.errors import UserError
 from fer_dist.serve import onnxfile
@@ -78,18 +78,10 @@ def _set(path: str, value: object) -> Change:
 
 def _external(tensor: TensorProto) -> TensorProto:
     """Let a tensor lie in another file."""
+    tensor.raw_data = b""  # onnx wants to see that there were some
     external_data_helper.set_external_data(tensor, "/etc/passwd")
     tensor.ClearField("raw_data")
     return tensor
-
-
-def _external_constant(model: ModelProto) -> None:
-    tensor = numpy_helper.from_array(np.zeros(1, np.float32), "inside")
-    add(model, node("Constant", [], ["c"], value=_external(tensor)))
-
-
-def _hidden_graph(model: ModelProto) -> None:
-    model.graph.node[0].attribute.append(helper.make_attribute("to2", GraphProto(name="hidden")))
 
 
 def _attention(*sides: int | str, kind: int = TensorProto.FLOAT, name: str = "attention") -> Change:
@@ -111,7 +103,7 @@ SIGNATURE, SHAPES = "inputs and outputs", "have the shapes"
     ("change", "words"),
     [
         (lambda model: _external(stored(model, "weight")), "another file .*/etc/passwd"),
-        (_external_constant, "another file"),
+        (lambda model: add(model, node("Constant", [], ["c"], value=_external(TensorProto(dims=[1])))), "another file"),
         (_set("graph.initializer[2].dims[0]", 2**60), "shape .*1152921504606846976.* but its data are"),
         (_set("graph.initializer[2].dims[0]", -64), "negative"),
         (_set("graph.initializer[2].data_type", TensorProto.STRING), "type 8"),
@@ -123,7 +115,7 @@ SIGNATURE, SHAPES = "inputs and outputs", "have the shapes"
         (_set("graph.node[2].domain", "\x1b]0;owned\x07"), "owned"),  # in our message
         (_set("graph.node[2].op_type", "\x1b]0;owned\x07"), "graph is invalid.*owned"),  # in that of ONNX
         (_set("graph.node[2].op_type", "Loop"), "holds graphs"),
-        (_hidden_graph, "holds graphs"),
+        (lambda model: model.graph.node[0].attribute.add(name="to2").g.SetInParent(), "holds graphs"),
         (lambda model: model.graph.node.reverse(), "graph is invalid"),
         (lambda model: stored(model, "flat").CopyFrom(numpy_helper.from_array(np.array([2, 256]), "flat")), SHAPES),
         (_set("opset_import[0].version", 19), r"opset \[19\]"),
@@ -263,7 +255,7 @@ def test_sizes_are_bounded_before_memory_is_taken(tmp_path: Path, monkeypatch: p
 # Fuzz: in a child, since a crash of a library would end the tests.
 
 
-@pytest.mark.parametrize(("which", "copies"), [("by hand", 250), ("exported", 120)])
+@pytest.mark.parametrize(("which", "copies"), [("by hand", 250), ("exported", 60)])
 def test_no_changed_copy_crashes(which: str, copies: int, exported: tuple[Path, Path], tmp_path: Path) -> None:
     path = write(tmp_path, tiny_onnx()) if which == "by hand" else exported[1]
     done = python("-c", f"from {__name__} import fuzz; fuzz({str(path)!r}, {str(tmp_path / 'copy.onnx')!r}, {copies})")
@@ -273,8 +265,7 @@ def test_no_changed_copy_crashes(which: str, copies: int, exported: tuple[Path, 
 
 
 def fuzz(path: str, copy: str, copies: int) -> None:
-    """Open and run changed copies of a file, each written to `copy`; print how many ran, and by how many bytes memory
-    grew."""
+    """Open and run changed copies of a file; print how many ran, and by how many bytes memory grew."""
     resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30, 6 * 2**30))
     torch.set_num_threads(1)
     raw, ran = Path(path).read_bytes(), 0
@@ -294,14 +285,13 @@ def fuzz(path: str, copy: str, copies: int) -> None:
 
 
 def changed(raw: bytes, seed: int) -> bytes:
-    """Return a copy with some bytes changed, cut out, doubled or inserted; mostly where the structure is."""
-    dice = random.Random(seed)
-    # Weights lie in long runs of bytes that are not text: aim elsewhere most of the time.
-    places = [i for i in range(len(raw)) if 32 <= raw[i] < 127 or raw[i] < 16] if dice.random() < 0.8 else []
-    copy = bytearray(raw)
+    """Return a copy with some bytes changed, cut out, doubled or inserted."""
+    dice, copy = random.Random(seed), bytearray(raw)
     for _ in range(dice.choice([1, 1, 1, 2, 5, 20])):
-        at = min(dice.choice(places) if places else dice.randrange(len(raw)), len(copy) - 1)
-        step, number = bytes([(copy[at] + dice.choice([-1, 1])) % 256]), b"\xff" * 8 + b"\x7f"
-        new = dice.choice([b"", dice.randbytes(1), dice.randbytes(4), bytes(copy[at : at + 16]), step, number])
+        at = int(len(copy) ** dice.random())  # mostly at the beginning: nodes come first, then long runs of weights
+        number = b"\xff" * 8 + b"\x7f"
+        new = dice.choice(
+            [b"", bytes([copy[at] ^ 1]), dice.randbytes(1), dice.randbytes(4), copy[at : at + 16], number]
+        )
         copy[at : at + dice.choice([0, 1, 1, 1, 2, 16])] = new
-    return bytes(copy[: dice.randrange(1, len(copy))]) if dice.random() < 0.05 else bytes(copy)
+    return bytes(copy)

@@ -16,11 +16,9 @@ from fer_dist.data.decoding import Photo
 from fer_dist.errors import UserError
 from fer_dist.serve.faces import Box, Found
 from fer_dist.serve.photos import PHOTO_SIDE
-from fer_dist.serve.predictor import Answer, Predictor, newest_model
+from fer_dist.serve.predictor import Predictor, newest_model
 from fer_dist.serve.runner import Runner
 from tests.helpers.artifacts import CHECKPOINT, SPEC
-
-NAMES = SPEC.labels.names
 
 
 class ByLevel(Runner):
@@ -60,34 +58,20 @@ class Finder:
         return [Box(x, 0, 8, 8) for x in range(0, rgb_HW3.shape[1], 8) if rgb_HW3[4, x + 4, 0] < 255]
 
 
-def write(path: Path, *classes: int) -> Path:
-    """Write a picture with a face for each class; without any, a white one."""
+def drawn(*classes: int) -> Image.Image:
+    """Return a picture with a face for each class; without any, a white one."""
     levels = [10 * label for label in classes] or [255]
-    Image.fromarray(np.repeat(np.array([levels], np.uint8), 8, 0).repeat(8, 1)).save(path)
+    return Image.fromarray(np.repeat(np.array([levels], np.uint8), 8, 0).repeat(8, 1))
+
+
+def write(path: Path, *classes: int) -> Path:
+    drawn(*classes).save(path)
     return path
 
 
 @pytest.fixture
-def runner() -> Iterator[ByLevel]:
-    with ByLevel() as opened:
-        yield opened
-
-
-def labels(answer: Answer) -> list[str]:
-    return [face.label for face in answer.faces]
-
-
-def test_faces_of_several_pictures_make_one_batch(runner: ByLevel, tmp_path: Path) -> None:
-    expected = [[i % 7 for i in range(n, 2 * n)] for n in (3, 0, 1, 5, 0, 2)]
-    paths = [write(tmp_path / f"{i}.png", *classes) for i, classes in enumerate(expected)]
-    answers = list(Predictor(runner, Finder()).files(paths, batch=64, workers=2))
-    assert [answer.path for answer in answers] == paths
-    assert [labels(answer) for answer in answers] == [[NAMES[k] for k in classes] for classes in expected]
-    assert runner.batches == [11]
-    face = answers[0].faces[1]
-    assert (face.box, face.confidence) == (Box(8, 0, 8, 8), 0.9)
-    assert sum(face.probabilities_K) == pytest.approx(1)
-    assert face.label == NAMES[int(np.argmax(face.probabilities_K))]
+def runner() -> ByLevel:
+    return ByLevel()
 
 
 @pytest.mark.parametrize(("batch", "workers"), [(1, 3), (4, 1), (4, 3), (64, None)])
@@ -97,51 +81,50 @@ def test_answers_do_not_depend_on_batch_and_threads(
     chance = np.random.default_rng(0)
     expected = [list(chance.integers(0, 7, chance.integers(0, 6))) for _ in range(40)]
     paths = [write(tmp_path / f"{i}.png", *classes) for i, classes in enumerate(expected)]
-    answers = list(Predictor(runner, Finder()).files(paths, batch=batch, workers=workers))
-    assert [labels(answer) for answer in answers] == [[NAMES[k] for k in classes] for classes in expected]
+    finder = Finder()
+    answers = list(Predictor(runner, finder).files(paths, batch=batch, workers=workers))
+    assert [answer.path for answer in answers] == paths
+    names = [[SPEC.labels.names[k] for k in classes] for classes in expected]
+    assert [[face.label for face in answer.faces] for answer in answers] == names
+    faces = sum(map(len, expected))
+    assert sum(runner.batches) == faces, "a picture without a face is not classified"
     assert max(runner.batches) <= batch
-    assert sum(runner.batches) == sum(map(len, expected))
+    assert batch < 64 or len(runner.batches) <= 3, "faces of several pictures make one batch"
+    for place, face in enumerate(answers[0].faces):
+        assert (face.box, face.confidence) == (Box(8 * place, 0, 8, 8), 0.9)
+        assert sum(face.probabilities_K) == pytest.approx(1)
+    assert threading.current_thread().name not in finder.threads
+    assert not any(thread.name.startswith("faces") for thread in threading.enumerate()), "they have ended"
 
 
 def test_a_file_that_cannot_be_read_has_a_problem(runner: ByLevel, tmp_path: Path) -> None:
     (tmp_path / "text.png").write_text("not a picture")
-    paths = [tmp_path / "text.png", write(tmp_path / "a.png", 3), tmp_path / "missing.png", write(tmp_path / "b.png")]
-    answers = list(Predictor(runner, Finder()).files(paths))
-    assert [bool(answer.problem) for answer in answers] == [True, False, True, False]
-    assert "no picture of the formats" in answers[0].problem
-    assert [answer.width for answer in answers] == [0, 8, 0, 8]
-
-
-def test_a_picture_without_a_face_is_not_classified(runner: ByLevel, tmp_path: Path) -> None:
-    (answer,) = Predictor(runner, Finder()).files([write(tmp_path / "white.png")])
-    assert (answer.faces, answer.problem, runner.batches) == ((), "", [])
+    paths = [tmp_path / "text.png", write(tmp_path / "a.png", 3), tmp_path / "missing.png"]
+    text, good, missing = Predictor(runner, Finder()).files(paths)
+    assert "no picture of the formats" in text.problem
+    assert missing.problem
+    assert (text.width, good.width, good.problem, missing.faces) == (0, 8, "", ())
 
 
 def test_without_a_detector_the_picture_is_the_face(runner: ByLevel, tmp_path: Path) -> None:
     (answer,) = Predictor(runner, None).files([write(tmp_path / "a.png", 5)])
-    assert labels(answer) == ["surprise"]
-    assert (answer.faces[0].box, answer.faces[0].confidence) == (None, None)
+    (face,) = answer.faces
+    assert (face.label, face.box, face.confidence) == ("surprise", None, None)
 
 
 def test_boxes_are_in_pixels_of_the_file(runner: ByLevel, tmp_path: Path) -> None:
-    """A large picture is reduced before the detector sees it."""
+    """A large picture is reduced before the detector sees it; `photo` gets one that is reduced already."""
     side = PHOTO_SIDE
-    levels = np.repeat(np.array([[30, 40]], np.uint8), 8, 0).repeat(8, 1)
-    Image.fromarray(levels).resize((2 * side, side), Image.Resampling.NEAREST).save(tmp_path / "a.png")
+    drawn(3, 4).resize((2 * side, side), Image.Resampling.NEAREST).save(tmp_path / "a.png")
     halves = Finder(lambda rgb_HW3: [Box(0, 0, side / 2, side / 2), Box(side / 2, 0, side / 2, side / 2)])
-    (answer,) = Predictor(runner, halves).files([tmp_path / "a.png"], keep=True)
+    predictor = Predictor(runner, halves)
+    (answer,) = predictor.files([tmp_path / "a.png"], keep=True)
     assert (answer.width, answer.height) == (2 * side, side)
     assert [face.box for face in answer.faces] == [Box(0, 0, side, side), Box(side, 0, side, side)]
-    assert labels(answer) == ["happy", "sad"]
+    assert [face.label for face in answer.faces] == ["happy", "sad"]
     assert answer.rgb_HW3 is not None
     assert answer.rgb_HW3.shape == (side // 2, side, 3)
-
-
-def test_one_picture_from_memory(runner: ByLevel) -> None:
-    levels = np.array([[20, 255, 60]], np.uint8).repeat(8, 0).repeat(8, 1)[..., None].repeat(3, 2)
-    faces = Predictor(runner, Finder()).photo(Photo(levels, 48, 16))
-    assert [face.label for face in faces] == ["fear", "neutral"]
-    assert faces[1].box == Box(32, 0, 16, 16)
+    assert predictor.photo(Photo(answer.rgb_HW3, 2 * side, side)) == answer.faces
 
 
 def test_only_a_few_pictures_are_read_ahead(runner: ByLevel, tmp_path: Path) -> None:
@@ -167,13 +150,6 @@ def test_kept_pictures_are_bounded(runner: ByLevel, tmp_path: Path, monkeypatch:
     assert max(runner.batches[:-1]) == 3
 
 
-def test_faces_are_found_in_threads_that_end(runner: ByLevel, tmp_path: Path) -> None:
-    finder = Finder()
-    list(Predictor(runner, finder).files([write(tmp_path / "a.png", 1)] * 50, workers=3))
-    assert threading.current_thread().name not in finder.threads
-    assert not any(thread.name.startswith("faces") for thread in threading.enumerate())
-
-
 def test_an_error_of_the_model_is_raised(runner: ByLevel, tmp_path: Path) -> None:
     runner.close()
     with pytest.raises(UserError, match="is closed"):
@@ -186,24 +162,12 @@ def test_a_margin_out_of_bounds_is_refused(margin: float, runner: ByLevel) -> No
         Predictor(runner, None, margin=margin)
 
 
-@pytest.mark.parametrize(("margin", "label"), [(0.0, "angry"), (1.0, "surprise")])  # of the levels 0 and 60 x 8/9
-def test_the_margin_widens_the_crop(margin: float, label: str, runner: ByLevel, tmp_path: Path) -> None:
-    levels = np.full((24, 24), 60, np.uint8)
-    levels[8:16, 8:16] = 0
-    Image.fromarray(levels).save(tmp_path / "a.png")
-    middle = Finder(lambda rgb_HW3: [Box(8, 8, 8, 8)])
-    (answer,) = Predictor(runner, middle, margin=margin).files([tmp_path / "a.png"])
-    assert labels(answer) == [label]
-
-
-def test_the_newest_run_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"no runs/\*/best\.pth") as caught:
-        newest_model()
-    assert "make demo" in caught.value.fix
+def test_the_newest_run_is_taken(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no .*/\*/best\.pth"):
+        newest_model(tmp_path)
     for age, name in enumerate(("newest", "older", "oldest")):
-        path = tmp_path / "runs" / name / "best.pth"
-        path.parent.mkdir(parents=True)
+        path = tmp_path / name / "best.pth"
+        path.parent.mkdir()
         path.touch()
         os.utime(path, (1e9 - age, 1e9 - age))
-    assert newest_model() == Path("runs/newest/best.pth")
+    assert newest_model(tmp_path) == tmp_path / "newest" / "best.pth"
