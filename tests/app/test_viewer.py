@@ -82,7 +82,7 @@ def html(*faces: Prediction, labels: tuple[str, ...] = LABELS) -> str:
     return pagehtml.result(View(faces=faces, picture=Image.new("RGB", (64, 48))), labels, rate=7.25)
 
 
-def test_html_shows_the_bars_of_the_largest_face() -> None:
+def test_html_shows_the_bars_of_the_largest_face_and_escapes_text() -> None:
     found = html(face(0), face(3, Box(0, 0, 200, 200)))
     assert found.count('class="bar') == 8  # seven, and what holds them
     assert re.search(r'class="bar best"><span>happy</span>.*?<span>94%</span>', found)
@@ -91,28 +91,17 @@ def test_html_shows_the_bars_of_the_largest_face() -> None:
     assert 'class="heat"' not in found
     assert "No face found" in html()
     assert "bar" not in html()
-
-
-def test_html_escapes_labels_and_problems() -> None:
     wild = "<script>alert(1)</script>"
     labelled = Prediction(label=wild, probabilities_K=(1.0,) + (0.0,) * 6, box=BOX)
     assert "<script" not in html(labelled, labels=(wild, *LABELS[1:])) + pagehtml.problem(wild)
 
 
-class OneFace:
-    """A detector that finds the same face everywhere."""
-
-    name = "one"
-
-    def find(self, rgb_HW3: object) -> list[Found]:
-        return [Found(BOX, 0.9)]
-
-
 def test_a_checkpoint_shows_where_it_looked(tmp_path: Path) -> None:
     photo = Photo(np.full((240, 320, 3), 90, np.uint8), 640, 480)
+    detector = mock.Mock(find=lambda rgb_HW3: [Found(BOX, 0.9)])
     with open_runner(saved(tmp_path), device="cpu") as runner:
         assert "not known" in pagehtml.about(runner, measured(runner))
-        viewer = Viewer(Predictor(runner, OneFace()))
+        viewer = Viewer(Predictor(runner, detector))
         faces = viewer.predictor.photo(photo)
         view = viewer.shown(photo, faces, heat=True)
         assert view.heat is not None
@@ -124,7 +113,7 @@ def test_a_checkpoint_shows_where_it_looked(tmp_path: Path) -> None:
             viewer.predictor.photo(photo)
         assert lock.__enter__.called
     with open_runner(write(tmp_path, tiny_onnx()), provider="cpu") as runner:
-        assert Viewer(Predictor(runner, OneFace())).shown(photo, faces, heat=True).heat is None  # it has no attention
+        assert Viewer(Predictor(runner, detector)).shown(photo, faces, heat=True).heat is None  # it has no attention
         assert measured(runner) is None
 
 
