@@ -35,43 +35,29 @@ def http(folder: Path) -> Iterator[httpx.Client]:
         yield http
 
 
-@pytest.fixture(scope="module")
-def client(http: httpx.Client) -> Iterator[gradio_client.Client]:
+def test_the_api_predicts_faces_and_nothing_else(http: httpx.Client, folder: Path) -> None:
     client = gradio_client.Client(str(http.base_url), verbose=False)
-    yield client
-    client.close()
-
-
-def predict(client: gradio_client.Client, path: Path) -> Any:
-    return client.predict(gradio_client.handle_file(path), api_name="/predict")
-
-
-@pytest.mark.parametrize(
-    ("name", "count", "size"),
-    [("none.png", 0, (640, 480)), ("several.png", 3, (960, 640)), ("large.jpg", 1, (6400, 4800))],
-)
-def test_the_api_predicts_faces(
-    client: gradio_client.Client, folder: Path, name: str, count: int, size: tuple[int, int]
-) -> None:
-    answer = predict(client, folder / name)
-    assert (answer["width"], answer["height"]) == size
-    assert len(answer["faces"]) == count
-    for face in answer["faces"]:
-        assert sum(face["probabilities"].values()) == pytest.approx(1, abs=1e-5)
-        assert face["label"] == max(face["probabilities"], key=face["probabilities"].get)
-        assert 0 <= face["box"]["left"] < size[0]
-
-
-def test_the_api_is_predict_alone_and_refuses_invalid_pictures(client: gradio_client.Client, folder: Path) -> None:
     public = client.view_api(return_format="dict", print_info=False)
     assert isinstance(public, dict)
     assert (list(public["named_endpoints"]), len(public["unnamed_endpoints"])) == (["/predict"], 0)
+    for name, count, size in (
+        ("none.png", 0, (640, 480)),
+        ("several.png", 3, (960, 640)),
+        ("large.jpg", 1, (6400, 4800)),
+    ):
+        answer: Any = client.predict(gradio_client.handle_file(folder / name), api_name="/predict")
+        assert (answer["width"], answer["height"], len(answer["faces"])) == (*size, count)
+        for face in answer["faces"]:
+            assert sum(face["probabilities"].values()) == pytest.approx(1, abs=1e-5)
+            assert face["label"] == max(face["probabilities"], key=face["probabilities"].get)
+            assert 0 <= face["box"]["left"] < size[0]
     for name, problem in (
         ("text.png", "no picture of the formats"),
         ("giant.png", "8000x8000 pixels, over 50,331,648"),
     ):
         with pytest.raises(gradio_client.exceptions.AppError, match=problem):
-            predict(client, folder / name)
+            client.predict(gradio_client.handle_file(folder / name), api_name="/predict")
+    client.close()
 
 
 def events(http: httpx.Client, begun: httpx.Response) -> str:

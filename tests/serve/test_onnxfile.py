@@ -2,6 +2,7 @@
 
 import os
 import random
+import re
 import resource
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,7 @@ def refusal(path: Path) -> str:
     """Return why a file is refused, in one line that a terminal can show."""
     with pytest.raises(UserError) as caught:
         read_onnx(path)
-    assert caught.value.fix
+    assert "onnx" in caught.value.fix
     assert caught.value.problem.isprintable()
     return caught.value.problem
 
@@ -138,11 +139,7 @@ DOUBLING = [node("Concat", [f"x{i}", f"x{i}"], [f"x{i + 1}"], axis=0) for i in r
 def test_a_changed_file_is_refused(change: Change, words: str, tmp_path: Path) -> None:
     model = tiny_onnx()
     change(model)
-    path = write(tmp_path, model)
-    with pytest.raises(UserError, match=f"is refused: .*({words})") as caught:
-        read_onnx(path)
-    assert "python -m export.onnx" in caught.value.fix
-    assert caught.value.problem.isprintable()
+    assert re.search(f"is refused: .*{words}", refusal(write(tmp_path, model)))
 
 
 def test_an_output_of_attention_is_optional(tmp_path: Path) -> None:
@@ -239,19 +236,17 @@ def test_sizes_are_bounded_before_memory_is_taken(tmp_path: Path, monkeypatch: p
 def test_no_changed_copy_crashes(which: str, copies: int, exported: tuple[Path, Path], tmp_path: Path) -> None:
     path = write(tmp_path, tiny_onnx()) if which == "by hand" else exported[1]
     done = python("-c", f"from {__name__} import fuzz; fuzz({str(path)!r}, {str(tmp_path / 'copy.onnx')!r}, {copies})")
-    ran, grown = map(int, done.ok().out.split()[-2:])
-    assert 0 < ran < 0.9 * copies, "most are refused; changes in weights and names should leave some that run"
-    assert grown < 2**30
+    ran = int(done.ok().out.split()[-1])
+    assert 0 < ran < 0.9 * copies, "many are refused; changes in weights and names should leave some that run"
 
 
 def fuzz(path: str, copy: str, copies: int) -> None:
-    """Open and run changed copies of a file; print how many ran, and by how many bytes memory grew."""
+    """Open and run changed copies of a file in bounded memory; print how many ran."""
     resource.setrlimit(resource.RLIMIT_AS, (6 * 2**30, 6 * 2**30))
     torch.set_num_threads(1)
     raw, ran = Path(path).read_bytes(), 0
     with open_runner(path, threads=1) as runner:
         images = pictures(2, runner.spec.input.size)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     for seed in range(copies):
         Path(copy).write_bytes(changed(raw, seed))
         print(seed, flush=True)  # the last one shows which copy crashed
@@ -261,7 +256,7 @@ def fuzz(path: str, copy: str, copies: int) -> None:
         except UserError:
             continue
         ran += 1
-    print(ran, 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before))
+    print(ran)
 
 
 def changed(raw: bytes, seed: int) -> bytes:

@@ -42,15 +42,12 @@ class ByLevel(Runner):
 
 
 class Finder:
-    """Find a face in each column of 8 pixels that is not white."""
+    """Find a face in each column of 8 pixels that is not white, in a thread of the predictor."""
 
     name = "finder"
 
-    def __init__(self) -> None:
-        self.threads: set[str] = set()
-
     def find(self, rgb_HW3: NDArray[np.uint8]) -> list[Found]:
-        self.threads.add(threading.current_thread().name)
+        assert threading.current_thread().name.startswith("faces")
         return [Found(Box(x, 0, 8, 8), 0.9) for x in range(0, rgb_HW3.shape[1], 8) if rgb_HW3[4, x + 4, 0] < 255]
 
 
@@ -77,8 +74,7 @@ def test_answers_do_not_depend_on_batch_and_threads(
     chance = np.random.default_rng(0)
     expected = [list(chance.integers(0, 7, chance.integers(0, 6))) for _ in range(40)]
     paths = [write(tmp_path / f"{i}.png", *classes) for i, classes in enumerate(expected)]
-    finder = Finder()
-    answers = list(Predictor(runner, finder).files(paths, batch=batch, workers=workers))
+    answers = list(Predictor(runner, Finder()).files(paths, batch=batch, workers=workers))
     assert [answer.path for answer in answers] == paths
     names = [[SPEC.labels.names[k] for k in classes] for classes in expected]
     assert [[face.label for face in answer.faces] for answer in answers] == names
@@ -89,23 +85,7 @@ def test_answers_do_not_depend_on_batch_and_threads(
     for place, face in enumerate(answers[0].faces):
         assert (face.box, face.confidence) == (Box(8 * place, 0, 8, 8), 0.9)
         assert sum(face.probabilities_K) == pytest.approx(1)
-    assert threading.current_thread().name not in finder.threads
     assert not any(thread.name.startswith("faces") for thread in threading.enumerate()), "they have ended"
-
-
-def test_a_file_that_cannot_be_read_has_a_problem(runner: ByLevel, tmp_path: Path) -> None:
-    (tmp_path / "text.png").write_text("not a picture")
-    paths = [tmp_path / "text.png", write(tmp_path / "a.png", 3), tmp_path / "missing.png"]
-    text, good, missing = Predictor(runner, Finder()).files(paths)
-    assert "no picture of the formats" in text.problem
-    assert missing.problem
-    assert (text.width, good.width, good.problem, missing.faces) == (0, 8, "", ())
-
-
-def test_without_a_detector_the_picture_is_the_face(runner: ByLevel, tmp_path: Path) -> None:
-    (answer,) = Predictor(runner, None).files([write(tmp_path / "a.png", 5)])
-    (face,) = answer.faces
-    assert (face.label, face.box, face.confidence) == ("surprise", None, None)
 
 
 def test_boxes_are_in_pixels_of_the_file(runner: ByLevel, tmp_path: Path) -> None:

@@ -29,15 +29,6 @@ def small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return describe(path, kind="onnx", precision="fp32", data=SETTINGS)
 
 
-def test_the_shipped_model_comes_before_the_newest_run(small: Path) -> None:
-    run = Path("runs/mine/best.pth")
-    run.parent.mkdir(parents=True)
-    run.touch()
-    assert shipped.default_model() == small
-    small.unlink()
-    assert shipped.default_model() == run
-
-
 def test_predict_and_evaluate_take_the_shipped_model(small: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Image.fromarray(draw_faces(7, 0, 0, seed=1).images_NHW[0]).save("face.png")
     assert command(predict, "face.png", "--no-detect") == 0
@@ -45,49 +36,48 @@ def test_predict_and_evaluate_take_the_shipped_model(small: Path, capsys: pytest
     assert command(evaluate, "--out", "out") == 0
     report = json.loads(Path("out/report.json").read_text())
     assert (report["artifact"], report["count"], report["split"]) == (str(small), 140, "val")
+    run = Path("runs/mine/best.pth")
+    run.parent.mkdir(parents=True)
+    run.touch()
+    assert shipped.default_model() == small
     small.unlink()
+    assert shipped.default_model() == run
+    run.unlink()
     assert "no model is named" in refused(capsys, predict, "face.png", "--no-detect")
     assert "no artifact is named, and no model came with this copy" in refused(capsys, evaluate)
 
 
 # The real file
 
+REAL = shipped.ASSETS / shipped.NAME
 MAX_BYTES = 6_000_000
 
 
-@pytest.fixture
-def real() -> Path:
-    path = shipped.shipped_model()
-    if path is None:
-        pytest.skip(f"needs {shipped.ASSETS / shipped.NAME}, which is not there yet: make reproduce makes it")
-    return path
-
-
-def test_the_shipped_file_keeps_its_promises(real: Path) -> None:
+def test_the_shipped_file_keeps_its_promises() -> None:
     """It is small and whole, judged on every picture of PublicTest, and names no folder of ours."""
-    about = read_sidecar(real)
-    assert (about.sha256, about.bytes) == (file_sha256(real), real.stat().st_size)
+    about = read_sidecar(REAL)
+    assert (about.sha256, about.bytes) == (file_sha256(REAL), REAL.stat().st_size)
     assert about.bytes <= MAX_BYTES
     assert about.parity["passed"] is about.parity["meaningful"] is True
     assert (about.parity["count"], about.parity["of"]) == (3589, 3589)
     assert abs(about.parity["accuracy_delta"]) <= 0.005
     assert about.spec.temperature != 1
-    files = list(real.parent.iterdir())
+    files = list(REAL.parent.iterdir())
     assert {path.suffix for path in files} <= {".onnx", ".json", ".md", ".safetensors"}, "no pictures"
     for text in (path.read_text(encoding="utf-8") for path in files if path.suffix in (".json", ".md")):
         assert "/work" not in text
         assert "/tmp" not in text
 
 
-def test_the_shipped_file_and_its_weights_agree(real: Path) -> None:
+def test_the_shipped_file_and_its_weights_agree() -> None:
     """The weights that it was exported from are small and name no folder of ours."""
-    path = real.with_name(shipped.WEIGHTS)
+    path = REAL.with_name(shipped.WEIGHTS)
     assert path.stat().st_size <= MAX_BYTES
     checkpoint = load(path)
     assert checkpoint.config["data"]["path"] == "archive.zip"
     assert "/" not in f"{checkpoint.config['model']['weights']}{checkpoint.config['run']['dir']}"
-    with open_runner(real) as runner, torch.inference_mode():
-        assert checkpoint.spec == runner.spec == read_sidecar(real).spec
+    with open_runner(REAL) as runner, torch.inference_mode():
+        assert checkpoint.spec == runner.spec == read_sidecar(REAL).spec
         images_N1SS = torch.from_numpy(draw_faces(28, 0, 0, seed=1).images_NHW).unsqueeze(1)
         found, alone = runner.run(images_N1SS), runner.run(images_N1SS[:1])
         expected_NK = checkpoint.model()(images_N1SS)
@@ -98,15 +88,15 @@ def test_the_shipped_file_and_its_weights_agree(real: Path) -> None:
     assert len(set(found.logits_NK.argmax(1).tolist())) >= 3
 
 
-def test_the_card_agrees_with_the_measurements(real: Path) -> None:
+def test_the_card_agrees_with_the_measurements() -> None:
     """MODEL_CARD.md is rendered from measured.json, which agrees with the JSON file of the model."""
     from benchmarks.model_card import render
 
-    facts = json.loads((real.parent / "measured.json").read_text(encoding="utf-8"))
-    about = read_sidecar(real)
+    facts = json.loads((REAL.parent / "measured.json").read_text(encoding="utf-8"))
+    about = read_sidecar(REAL)
     assert facts["artifact"]["sha256"] == about.sha256
     assert facts["evaluation"]["none"]["shipped"]["accuracy"] == pytest.approx(about.parity["accuracy_candidate"])
     assert facts["calibration"]["temperature"] == about.spec.temperature
-    card = (real.parent / "MODEL_CARD.md").read_text(encoding="utf-8")
+    card = (REAL.parent / "MODEL_CARD.md").read_text(encoding="utf-8")
     assert card == render(facts)
     assert f"{100 * about.parity['accuracy_candidate']:.2f}%" in card
