@@ -40,17 +40,14 @@ def test_the_api_predicts_faces_and_nothing_else(http: httpx.Client, folder: Pat
     public = client.view_api(return_format="dict", print_info=False)
     assert isinstance(public, dict)
     assert (list(public["named_endpoints"]), len(public["unnamed_endpoints"])) == (["/predict"], 0)
-    for name, count, size in (
-        ("none.png", 0, (640, 480)),
-        ("several.png", 3, (960, 640)),
-        ("large.jpg", 1, (6400, 4800)),
-    ):
+    for name, count in (("none.png", 0), ("several.png", 3), ("large.jpg", 1)):
         answer: Any = client.predict(gradio_client.handle_file(folder / name), api_name="/predict")
-        assert (answer["width"], answer["height"], len(answer["faces"])) == (*size, count)
+        assert len(answer["faces"]) == count
         for face in answer["faces"]:
             assert sum(face["probabilities"].values()) == pytest.approx(1, abs=1e-5)
             assert face["label"] == max(face["probabilities"], key=face["probabilities"].get)
-            assert 0 <= face["box"]["left"] < size[0]
+            assert 0 <= face["box"]["left"] < answer["width"]
+    assert (answer["width"], answer["height"]) == (6400, 4800), "of the file, though it is reduced"
     for name, problem in (
         ("text.png", "no picture of the formats"),
         ("giant.png", "8000x8000 pixels, over 50,331,648"),
@@ -61,9 +58,7 @@ def test_the_api_predicts_faces_and_nothing_else(http: httpx.Client, folder: Pat
 
 
 def events(http: httpx.Client, begun: httpx.Response) -> str:
-    """Return the events of a call that has begun, or the text of its refusal."""
-    if begun.status_code != 200:
-        return begun.text
+    """Return the events of a call that has begun."""
     return http.get(f"gradio_api/call/predict/{begun.json()['event_id']}").text
 
 

@@ -19,7 +19,7 @@ from fer_dist.serve import onnxfile
 from fer_dist.serve.artifact import INPUT, PROBABILITIES
 from fer_dist.serve.onnxfile import read_onnx
 from fer_dist.serve.runner import open_runner
-from tests.helpers.artifacts import CHECKPOINT, SIDE, SPEC, expected_logits, tiny_onnx, write
+from tests.helpers.artifacts import CHECKPOINT, SIDE, SPEC, tiny_onnx, write
 from tests.helpers.processes import python
 from tests.helpers.tiny_models import pictures
 
@@ -88,6 +88,12 @@ def _attention(*sides: int | str, kind: int = TensorProto.FLOAT, name: str = "at
 IMAGES, SECOND = "graph.input[0].type.tensor_type", "graph.output[1].type.tensor_type.shape"
 SIGNATURE, SHAPES, MEMORY = "inputs and outputs", "have the shapes", "numbers at once"
 LARGE = np.array([1, 1, 2**15, 2**15])
+PRODUCT = [  # each picture multiplied by each: harmless for one, not for many
+    node("Cast", [INPUT], ["f"], to=TensorProto.FLOAT),
+    node("Reshape", ["f", "flat"], ["rows"]),
+    node("Transpose", ["rows"], ["columns"], perm=[1, 0]),
+    node("MatMul", ["rows", "columns"], ["each"]),
+]
 DOUBLING = [node("Concat", [f"x{i}", f"x{i}"], [f"x{i + 1}"], axis=0) for i in range(40)]
 
 
@@ -133,6 +139,7 @@ DOUBLING = [node("Concat", [f"x{i}", f"x{i}"], [f"x{i + 1}"], axis=0) for i in r
         (lambda model: add(model, node("Resize", [INPUT, "", "", "large"], ["b"]), large=LARGE), MEMORY),
         (lambda model: add(model, node("Range", ["a", "z", "a"], ["b"]), a=np.int64(1), z=np.int64(2**40)), MEMORY),
         (lambda model: add(model, *DOUBLING, x0=np.zeros(2**10, np.float32)), MEMORY),
+        (lambda model: add(model, *PRODUCT), "'each' grows faster than the batch"),
         (lambda model: add(model, node("NonZero", [INPUT], ["w"])), "'w' does not follow from the batch"),
     ],
 )
@@ -174,31 +181,6 @@ def test_the_numbers_held_at_once_are_bounded(source: str, tmp_path: Path) -> No
         assert MEMORY in refusal(path)
     else:
         read_onnx(path)
-
-
-def test_a_tensor_grows_no_faster_than_the_batch(tmp_path: Path) -> None:
-    """Each picture multiplied by each is harmless for one, not for many."""
-    product = (
-        node("Cast", [INPUT], ["f"], to=TensorProto.FLOAT),
-        node("Reshape", ["f", "flat"], ["rows"]),
-        node("Transpose", ["rows"], ["columns"], perm=[1, 0]),
-        node("MatMul", ["rows", "columns"], ["each"]),
-    )
-    assert "'each' grows faster than the batch" in refusal(write(tmp_path, add(tiny_onnx(), *product)))
-
-
-def test_a_length_computed_from_the_batch_is_followed(tmp_path: Path) -> None:
-    """`Range` up to the batch, as timm's convnext has it: ONNX's inference alone gives up there."""
-    model = tiny_onnx()
-    model.graph.node[0].input[0] = "same"
-    nodes = (
-        node("Shape", [INPUT], ["sizes"], start=0, end=1),
-        node("Squeeze", ["sizes"], ["count"]),
-        node("Range", ["zero", "count", "one"], ["rows"]),
-        node("Gather", [INPUT, "rows"], ["same"], axis=0),
-    )
-    with open_runner(write(tmp_path, add(model, *nodes, zero=np.int64(0), one=np.int64(1)))) as runner:
-        torch.testing.assert_close(runner(pictures(5, SIDE)), expected_logits(pictures(5, SIDE)))
 
 
 # Files that are not ONNX

@@ -26,7 +26,6 @@ class ByLevel(Runner):
     """Predict the class whose number is the crop's grey level divided by ten."""
 
     kind = "pth"
-    runs_on = "nothing"
 
     def __init__(self) -> None:
         super().__init__(Path("by_level"), SPEC, "fp32", CHECKPOINT)
@@ -62,18 +61,12 @@ def write(path: Path, *classes: int) -> Path:
     return path
 
 
-@pytest.fixture
-def runner() -> ByLevel:
-    return ByLevel()
-
-
 @pytest.mark.parametrize(("batch", "workers"), [(1, 3), (4, 1), (4, 3), (64, None)])
-def test_answers_do_not_depend_on_batch_and_threads(
-    batch: int, workers: int | None, runner: ByLevel, tmp_path: Path
-) -> None:
+def test_answers_do_not_depend_on_batch_and_threads(batch: int, workers: int | None, tmp_path: Path) -> None:
     chance = np.random.default_rng(0)
     expected = [list(chance.integers(0, 7, chance.integers(0, 6))) for _ in range(40)]
     paths = [write(tmp_path / f"{i}.png", *classes) for i, classes in enumerate(expected)]
+    runner = ByLevel()
     answers = list(Predictor(runner, Finder()).files(paths, batch=batch, workers=workers))
     assert [answer.path for answer in answers] == paths
     names = [[SPEC.labels.names[k] for k in classes] for classes in expected]
@@ -88,12 +81,12 @@ def test_answers_do_not_depend_on_batch_and_threads(
     assert not any(thread.name.startswith("faces") for thread in threading.enumerate()), "they have ended"
 
 
-def test_boxes_are_in_pixels_of_the_file(runner: ByLevel, tmp_path: Path) -> None:
+def test_boxes_are_in_pixels_of_the_file(tmp_path: Path) -> None:
     """A large picture is reduced before the detector sees it; `photo` gets one that is reduced already."""
     side = PHOTO_SIDE
     drawn(3, 4).resize((2 * side, side), Image.Resampling.NEAREST).save(tmp_path / "a.png")
     halves = [Found(Box(left, 0, side / 2, side / 2), 0.9) for left in (0, side / 2)]
-    predictor = Predictor(runner, mock.Mock(find=lambda rgb_HW3: halves))
+    predictor = Predictor(ByLevel(), mock.Mock(find=lambda rgb_HW3: halves))
     (answer,) = predictor.files([tmp_path / "a.png"], keep=True)
     assert (answer.width, answer.height) == (2 * side, side)
     assert [face.box for face in answer.faces] == [Box(0, 0, side, side), Box(side, 0, side, side)]
@@ -103,7 +96,7 @@ def test_boxes_are_in_pixels_of_the_file(runner: ByLevel, tmp_path: Path) -> Non
     assert predictor.photo(Photo(answer.rgb_HW3, 2 * side, side)) == answer.faces
 
 
-def test_only_a_few_pictures_are_read_ahead(runner: ByLevel, tmp_path: Path) -> None:
+def test_only_a_few_pictures_are_read_ahead(tmp_path: Path) -> None:
     path, read = write(tmp_path / "a.png", 1), 0
 
     def paths() -> Iterator[Path]:
@@ -112,24 +105,23 @@ def test_only_a_few_pictures_are_read_ahead(runner: ByLevel, tmp_path: Path) -> 
             read += 1
             yield path
 
-    answers = Predictor(runner, Finder()).files(paths(), batch=16, workers=2)
+    answers = Predictor(ByLevel(), Finder()).files(paths(), batch=16, workers=2)
     for number, _ in zip(range(200), answers, strict=False):
         assert read - number <= 16 + 2 * 2 + 2
     answers.close()  # type: ignore[attr-defined]
     assert read < 240
 
 
-def test_kept_pictures_are_bounded(runner: ByLevel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kept_pictures_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fer_dist.serve.predictor._HELD_BYTES", 3 * 8 * 8 * 3)
-    paths = [write(tmp_path / "a.png", 1)] * 30
+    runner, paths = ByLevel(), [write(tmp_path / "a.png", 1)] * 30
     assert all(answer.rgb_HW3 is not None for answer in Predictor(runner, Finder()).files(paths, keep=True))
     assert max(runner.batches[:-1]) == 3
 
 
-@pytest.mark.parametrize("margin", [-0.5, float("nan")])
-def test_a_margin_out_of_bounds_is_refused(margin: float, runner: ByLevel) -> None:
+def test_a_margin_out_of_bounds_is_refused() -> None:
     with pytest.raises(UserError, match=r"expected -0\.4\.\.2"):
-        Predictor(runner, None, margin=margin)
+        Predictor(ByLevel(), None, margin=float("nan"))
 
 
 def test_the_newest_run_is_taken(tmp_path: Path) -> None:

@@ -28,7 +28,8 @@ ANSWERS = [
 @pytest.mark.parametrize("count", [0, 1, 4])
 def test_every_face_is_recorded(count: int, tmp_path: Path) -> None:
     paths = tmp_path / "out.json", tmp_path / "out.csv"
-    with Records(*paths, about={"model": "best.pth", "labels": list(EXPRESSIONS)}, labels=EXPRESSIONS) as records:
+    about = {"model": "best.pth", "labels": list(EXPRESSIONS)}
+    with Records(*paths, about=about, labels=EXPRESSIONS) as records:
         for answer in ANSWERS[:count]:
             records.add(answer)
     shares = dict(zip(EXPRESSIONS, P_K, strict=True))
@@ -39,7 +40,6 @@ def test_every_face_is_recorded(count: int, tmp_path: Path) -> None:
         {"path": "bad\udcff.png", "problem": "no picture"},
         {"path": "crop.png", "width": 48, "height": 48, "faces": [{"label": "happy", "probabilities": shares}]},
     ]
-    about = {"model": "best.pth", "labels": list(EXPRESSIONS)}
     assert json.loads(paths[0].read_text()) == about | {"pictures": pictures[:count]}
     with paths[1].open(newline="") as file:
         head, *rows = csv.reader(file)

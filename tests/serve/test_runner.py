@@ -21,11 +21,6 @@ from tests.helpers.tiny_models import pictures
 CPU, CUDA = "CPUExecutionProvider", "CUDAExecutionProvider"
 
 
-def refused(words: str, path: Path, **settings: Any) -> None:
-    with pytest.raises(UserError, match=words):
-        open_runner(path, **settings)
-
-
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     return write(tmp_path, tiny_onnx())
@@ -91,7 +86,8 @@ def test_invalid_settings_are_refused(
     name: str, settings: dict[str, Any], words: str, exported: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    refused(words, exported[0].with_name(name), **settings)
+    with pytest.raises(UserError, match=words):
+        open_runner(exported[0].with_name(name), **settings)
 
 
 def test_a_runner_sets_the_threads_of_torch_while_it_is_open(exported: tuple[Path, Path]) -> None:
@@ -127,7 +123,8 @@ def test_a_provider_that_does_not_start_is_noticed(fails: bool, sessions: mock.M
     if fails:
         words, error = f"{CUDA} does not take .*no libcudnn.so\n", RuntimeError("no libcudnn.so\n(and more)")
         sessions.side_effect = [error, error, sessions(str(tiny), providers=[CPU])]
-    refused(words, tiny, provider="cuda")
+    with pytest.raises(UserError, match=words):
+        open_runner(tiny, provider="cuda")
     with open_runner(tiny) as runner:
         assert (runner.runs_on, runner.on_gpu) == (CPU, False)
         torch.testing.assert_close(runner(pictures(2, SIDE)), expected_logits(pictures(2, SIDE)))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
+from benchmarks.model_card import render
 from fer_dist.data.synthetic import draw_faces
 from fer_dist.engine.checkpoint import load
 from fer_dist.evaluate import main as evaluate
@@ -79,19 +80,14 @@ def test_the_shipped_file_and_its_weights_agree() -> None:
     with open_runner(REAL) as runner, torch.inference_mode():
         assert checkpoint.spec == runner.spec == read_sidecar(REAL).spec
         images_N1SS = torch.from_numpy(draw_faces(28, 0, 0, seed=1).images_NHW).unsqueeze(1)
-        found, alone = runner.run(images_N1SS), runner.run(images_N1SS[:1])
+        found_N = runner(images_N1SS).argmax(1)
         expected_NK = checkpoint.model()(images_N1SS)
-    assert (found.logits_NK.argmax(1) == expected_NK.argmax(1)).float().mean() >= 0.9
-    assert found.probabilities_NK.shape == (28, 7)
-    assert found.probabilities_NK.sum(1) == pytest.approx(torch.ones(28), abs=1e-5)
-    assert alone.probabilities_NK[0] == pytest.approx(found.probabilities_NK[0], abs=0.02)
-    assert len(set(found.logits_NK.argmax(1).tolist())) >= 3
+    assert (found_N == expected_NK.argmax(1)).float().mean() >= 0.9
+    assert len(set(found_N.tolist())) >= 3
 
 
 def test_the_card_agrees_with_the_measurements() -> None:
     """MODEL_CARD.md is rendered from measured.json, which agrees with the JSON file of the model."""
-    from benchmarks.model_card import render
-
     facts = json.loads((REAL.parent / "measured.json").read_text(encoding="utf-8"))
     about = read_sidecar(REAL)
     assert facts["artifact"]["sha256"] == about.sha256
