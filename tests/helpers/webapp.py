@@ -8,8 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
 from tests.helpers.processes import TIMEOUT_S, Process, free_port
@@ -43,15 +41,3 @@ def pictures(folder: Path) -> Path:
     large.save(folder / "large.jpg", quality=85)
     Image.new("L", (8000, 8000), 128).save(folder / "giant.png")
     return folder
-
-
-def write_y4m(path: Path, frames: list[NDArray[np.uint8]], rate: int = 15) -> None:
-    """Write pictures, uint8 `[H, W, 3]` with even sides, as an uncompressed film that Chromium takes for a camera."""
-    high, wide, _ = frames[0].shape
-    with path.open("wb") as file:
-        file.write(f"YUV4MPEG2 W{wide} H{high} F{rate}:1 Ip A1:1 C420jpeg\n".encode())
-        for rgb_HW3 in frames:
-            y_HW, u_HW, v_HW = np.moveaxis(np.asarray(Image.fromarray(rgb_HW3).convert("YCbCr")), 2, 0)
-            file.write(b"FRAME\n" + y_HW.tobytes())
-            for plane_HW in (u_HW, v_HW):
-                file.write(np.ascontiguousarray(plane_HW[::2, ::2]).tobytes())

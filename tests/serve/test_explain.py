@@ -51,7 +51,3 @@ def test_rollout_follows_attention_through_the_layers() -> None:
     # [CLS] takes half of token 4, which is half itself and half token 3.
     assert found.tolist() == [[[0.0, 0.0], [0.25, 0.25]]]
     assert rollout(torch.stack([second, first])[:, None]).tolist() == [[[0.0, 0.0], [0.0, 0.5]]]
-
-
-def test_other_architectures_have_no_maps() -> None:
-    assert heat_maps(tiny_model("timm:resnet18").eval(), pictures(2), torch.tensor([0, 1])) is None

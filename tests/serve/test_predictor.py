@@ -2,8 +2,9 @@
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -16,18 +17,15 @@ from fer_dist.data.decoding import Photo
 from fer_dist.errors import UserError
 from fer_dist.serve.faces import Box, Found
 from fer_dist.serve.photos import PHOTO_SIDE
-from fer_dist.serve.predictor import Answer, Predictor, newest_model
+from fer_dist.serve.predictor import Predictor, newest_model
 from fer_dist.serve.runner import Runner
 from tests.helpers.artifacts import CHECKPOINT, SPEC
-
-NAMES = SPEC.labels.names
 
 
 class ByLevel(Runner):
     """Predict the class whose number is the crop's grey level divided by ten."""
 
     kind = "pth"
-    runs_on = "nothing"
 
     def __init__(self) -> None:
         super().__init__(Path("by_level"), SPEC, "fp32", CHECKPOINT)
@@ -43,108 +41,62 @@ class ByLevel(Runner):
 
 
 class Finder:
-    """Find what a function of the picture returns; by default, each column of 8 pixels that is not white."""
+    """Find a face in each column of 8 pixels that is not white, in a thread of the predictor."""
 
     name = "finder"
 
-    def __init__(self, boxes: Callable[[NDArray[np.uint8]], list[Box]] | None = None) -> None:
-        self.boxes = boxes or self._columns
-        self.threads: set[str] = set()
-
     def find(self, rgb_HW3: NDArray[np.uint8]) -> list[Found]:
-        self.threads.add(threading.current_thread().name)
-        return [Found(box, 0.9) for box in self.boxes(rgb_HW3)]
+        assert threading.current_thread().name.startswith("faces")
+        return [Found(Box(x, 0, 8, 8), 0.9) for x in range(0, rgb_HW3.shape[1], 8) if rgb_HW3[4, x + 4, 0] < 255]
 
-    @staticmethod
-    def _columns(rgb_HW3: NDArray[np.uint8]) -> list[Box]:
-        return [Box(x, 0, 8, 8) for x in range(0, rgb_HW3.shape[1], 8) if rgb_HW3[4, x + 4, 0] < 255]
+
+def drawn(*classes: int) -> Image.Image:
+    """Return a picture with a face for each class; without any, a white one."""
+    levels = [10 * label for label in classes] or [255]
+    return Image.fromarray(np.repeat(np.array([levels], np.uint8), 8, 0).repeat(8, 1))
 
 
 def write(path: Path, *classes: int) -> Path:
-    """Write a picture with a face for each class; without any, a white one."""
-    levels = [10 * label for label in classes] or [255]
-    Image.fromarray(np.repeat(np.array([levels], np.uint8), 8, 0).repeat(8, 1)).save(path)
+    drawn(*classes).save(path)
     return path
 
 
-@pytest.fixture
-def runner() -> Iterator[ByLevel]:
-    with ByLevel() as opened:
-        yield opened
-
-
-def labels(answer: Answer) -> list[str]:
-    return [face.label for face in answer.faces]
-
-
-def test_faces_of_several_pictures_make_one_batch(runner: ByLevel, tmp_path: Path) -> None:
-    expected = [[i % 7 for i in range(n, 2 * n)] for n in (3, 0, 1, 5, 0, 2)]
-    paths = [write(tmp_path / f"{i}.png", *classes) for i, classes in enumerate(expected)]
-    answers = list(Predictor(runner, Finder()).files(paths, batch=64, workers=2))
-    assert [answer.path for answer in answers] == paths
-    assert [labels(answer) for answer in answers] == [[NAMES[k] for k in classes] for classes in expected]
-    assert runner.batches == [11]
-    face = answers[0].faces[1]
-    assert (face.box, face.confidence) == (Box(8, 0, 8, 8), 0.9)
-    assert sum(face.probabilities_K) == pytest.approx(1)
-    assert face.label == NAMES[int(np.argmax(face.probabilities_K))]
-
-
 @pytest.mark.parametrize(("batch", "workers"), [(1, 3), (4, 1), (4, 3), (64, None)])
-def test_answers_do_not_depend_on_batch_and_threads(
-    batch: int, workers: int | None, runner: ByLevel, tmp_path: Path
-) -> None:
+def test_answers_do_not_depend_on_batch_and_threads(batch: int, workers: int | None, tmp_path: Path) -> None:
     chance = np.random.default_rng(0)
     expected = [list(chance.integers(0, 7, chance.integers(0, 6))) for _ in range(40)]
     paths = [write(tmp_path / f"{i}.png", *classes) for i, classes in enumerate(expected)]
+    runner = ByLevel()
     answers = list(Predictor(runner, Finder()).files(paths, batch=batch, workers=workers))
-    assert [labels(answer) for answer in answers] == [[NAMES[k] for k in classes] for classes in expected]
+    assert [answer.path for answer in answers] == paths
+    names = [[SPEC.labels.names[k] for k in classes] for classes in expected]
+    assert [[face.label for face in answer.faces] for answer in answers] == names
+    faces = sum(map(len, expected))
+    assert sum(runner.batches) == faces, "a picture without a face is not classified"
     assert max(runner.batches) <= batch
-    assert sum(runner.batches) == sum(map(len, expected))
+    assert batch < 64 or len(runner.batches) <= 3, "faces of several pictures make one batch"
+    for place, face in enumerate(answers[0].faces):
+        assert (face.box, face.confidence) == (Box(8 * place, 0, 8, 8), 0.9)
+        assert sum(face.probabilities_K) == pytest.approx(1)
+    assert not any(thread.name.startswith("faces") for thread in threading.enumerate()), "they have ended"
 
 
-def test_a_file_that_cannot_be_read_has_a_problem(runner: ByLevel, tmp_path: Path) -> None:
-    (tmp_path / "text.png").write_text("not a picture")
-    paths = [tmp_path / "text.png", write(tmp_path / "a.png", 3), tmp_path / "missing.png", write(tmp_path / "b.png")]
-    answers = list(Predictor(runner, Finder()).files(paths))
-    assert [bool(answer.problem) for answer in answers] == [True, False, True, False]
-    assert "no picture of the formats" in answers[0].problem
-    assert [answer.width for answer in answers] == [0, 8, 0, 8]
-
-
-def test_a_picture_without_a_face_is_not_classified(runner: ByLevel, tmp_path: Path) -> None:
-    (answer,) = Predictor(runner, Finder()).files([write(tmp_path / "white.png")])
-    assert (answer.faces, answer.problem, runner.batches) == ((), "", [])
-
-
-def test_without_a_detector_the_picture_is_the_face(runner: ByLevel, tmp_path: Path) -> None:
-    (answer,) = Predictor(runner, None).files([write(tmp_path / "a.png", 5)])
-    assert labels(answer) == ["surprise"]
-    assert (answer.faces[0].box, answer.faces[0].confidence) == (None, None)
-
-
-def test_boxes_are_in_pixels_of_the_file(runner: ByLevel, tmp_path: Path) -> None:
-    """A large picture is reduced before the detector sees it."""
+def test_boxes_are_in_pixels_of_the_file(tmp_path: Path) -> None:
+    """A large picture is reduced before the detector sees it; `photo` gets one that is reduced already."""
     side = PHOTO_SIDE
-    levels = np.repeat(np.array([[30, 40]], np.uint8), 8, 0).repeat(8, 1)
-    Image.fromarray(levels).resize((2 * side, side), Image.Resampling.NEAREST).save(tmp_path / "a.png")
-    halves = Finder(lambda rgb_HW3: [Box(0, 0, side / 2, side / 2), Box(side / 2, 0, side / 2, side / 2)])
-    (answer,) = Predictor(runner, halves).files([tmp_path / "a.png"], keep=True)
+    drawn(3, 4).resize((2 * side, side), Image.Resampling.NEAREST).save(tmp_path / "a.png")
+    halves = [Found(Box(left, 0, side / 2, side / 2), 0.9) for left in (0, side / 2)]
+    predictor = Predictor(ByLevel(), mock.Mock(find=lambda rgb_HW3: halves))
+    (answer,) = predictor.files([tmp_path / "a.png"], keep=True)
     assert (answer.width, answer.height) == (2 * side, side)
     assert [face.box for face in answer.faces] == [Box(0, 0, side, side), Box(side, 0, side, side)]
-    assert labels(answer) == ["happy", "sad"]
+    assert [face.label for face in answer.faces] == ["happy", "sad"]
     assert answer.rgb_HW3 is not None
     assert answer.rgb_HW3.shape == (side // 2, side, 3)
+    assert predictor.photo(Photo(answer.rgb_HW3, 2 * side, side)) == answer.faces
 
 
-def test_one_picture_from_memory(runner: ByLevel) -> None:
-    levels = np.array([[20, 255, 60]], np.uint8).repeat(8, 0).repeat(8, 1)[..., None].repeat(3, 2)
-    faces = Predictor(runner, Finder()).photo(Photo(levels, 48, 16))
-    assert [face.label for face in faces] == ["fear", "neutral"]
-    assert faces[1].box == Box(32, 0, 16, 16)
-
-
-def test_only_a_few_pictures_are_read_ahead(runner: ByLevel, tmp_path: Path) -> None:
+def test_only_a_few_pictures_are_read_ahead(tmp_path: Path) -> None:
     path, read = write(tmp_path / "a.png", 1), 0
 
     def paths() -> Iterator[Path]:
@@ -153,57 +105,31 @@ def test_only_a_few_pictures_are_read_ahead(runner: ByLevel, tmp_path: Path) -> 
             read += 1
             yield path
 
-    answers = Predictor(runner, Finder()).files(paths(), batch=16, workers=2)
+    answers = Predictor(ByLevel(), Finder()).files(paths(), batch=16, workers=2)
     for number, _ in zip(range(200), answers, strict=False):
         assert read - number <= 16 + 2 * 2 + 2
     answers.close()  # type: ignore[attr-defined]
     assert read < 240
 
 
-def test_kept_pictures_are_bounded(runner: ByLevel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kept_pictures_are_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fer_dist.serve.predictor._HELD_BYTES", 3 * 8 * 8 * 3)
-    paths = [write(tmp_path / "a.png", 1)] * 30
+    runner, paths = ByLevel(), [write(tmp_path / "a.png", 1)] * 30
     assert all(answer.rgb_HW3 is not None for answer in Predictor(runner, Finder()).files(paths, keep=True))
     assert max(runner.batches[:-1]) == 3
 
 
-def test_faces_are_found_in_threads_that_end(runner: ByLevel, tmp_path: Path) -> None:
-    finder = Finder()
-    list(Predictor(runner, finder).files([write(tmp_path / "a.png", 1)] * 50, workers=3))
-    assert threading.current_thread().name not in finder.threads
-    assert not any(thread.name.startswith("faces") for thread in threading.enumerate())
-
-
-def test_an_error_of_the_model_is_raised(runner: ByLevel, tmp_path: Path) -> None:
-    runner.close()
-    with pytest.raises(UserError, match="is closed"):
-        list(Predictor(runner, Finder()).files([write(tmp_path / "a.png", 1)] * 5))
-
-
-@pytest.mark.parametrize("margin", [-0.5, 2.1, float("nan")])
-def test_a_margin_out_of_bounds_is_refused(margin: float, runner: ByLevel) -> None:
+def test_a_margin_out_of_bounds_is_refused() -> None:
     with pytest.raises(UserError, match=r"expected -0\.4\.\.2"):
-        Predictor(runner, None, margin=margin)
+        Predictor(ByLevel(), None, margin=float("nan"))
 
 
-@pytest.mark.parametrize(("margin", "label"), [(0.0, "angry"), (1.0, "surprise")])  # of the levels 0 and 60 x 8/9
-def test_the_margin_widens_the_crop(margin: float, label: str, runner: ByLevel, tmp_path: Path) -> None:
-    levels = np.full((24, 24), 60, np.uint8)
-    levels[8:16, 8:16] = 0
-    Image.fromarray(levels).save(tmp_path / "a.png")
-    middle = Finder(lambda rgb_HW3: [Box(8, 8, 8, 8)])
-    (answer,) = Predictor(runner, middle, margin=margin).files([tmp_path / "a.png"])
-    assert labels(answer) == [label]
-
-
-def test_the_newest_run_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match=r"no runs/\*/best\.pth") as caught:
-        newest_model()
-    assert "make demo" in caught.value.fix
+def test_the_newest_run_is_taken(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no .*/\*/best\.pth"):
+        newest_model(tmp_path)
     for age, name in enumerate(("newest", "older", "oldest")):
-        path = tmp_path / "runs" / name / "best.pth"
-        path.parent.mkdir(parents=True)
+        path = tmp_path / name / "best.pth"
+        path.parent.mkdir()
         path.touch()
         os.utime(path, (1e9 - age, 1e9 - age))
-    assert newest_model() == Path("runs/newest/best.pth")
+    assert newest_model(tmp_path) == tmp_path / "newest" / "best.pth"
