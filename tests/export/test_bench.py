@@ -1,7 +1,7 @@
 """`python -m export.bench`: turns, percentiles, table and JSON."""
 
 import json
-from itertools import groupby
+from itertools import cycle, groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from export import bench
 from fer_dist.errors import EXIT_USER_ERROR
 from fer_dist.serve import runner
 from fer_dist.serve.runner import Runner
+from fer_dist.spec import ModelSpec
 from tests.helpers.artifacts import SIDE, SPEC, tiny_onnx, write
 from tests.helpers.exporting import command
 
@@ -40,37 +41,41 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 
 class Slow(Runner):
-    """Lets time pass instead of computing, and writes down its turns."""
+    """Let time pass instead of computing, and write down each call."""
 
     kind = "onnx"
 
-    def __init__(self, name: str, ms: float, clock: Clock, log: list[str], gpu: bool = False) -> None:
+    def __init__(self, name: str, clock: Clock, *ms: float, log: list[str] | None = None) -> None:
         super().__init__(Path(name), SPEC, "fp32", "c" * 64)
-        self.runs_on, self.on_gpu = "a bed", gpu
-        self._ms, self._clock, self._log = ms, clock, log
+        self.runs_on, self._clock, self._ms = "a bed", clock, cycle(ms)
+        self._log = [] if log is None else log
 
     def _run(self, images_N1SS: Tensor) -> tuple[Tensor, Tensor]:
         self._log.append(self.path.name)
-        self._clock.pass_ms(self._ms)
+        self._clock.pass_ms(next(self._ms))
         return torch.zeros(len(images_N1SS), 7), torch.zeros(len(images_N1SS), 7)
 
     def _close(self) -> None: ...
 
 
-def test_latency_throughput_and_ratio(clock: Clock) -> None:
-    runners = [Slow("slow", 10, clock, []), Slow("quick", 2, clock, [])]
-    slow, quick = bench.measure(runners, IMAGES, threads=3, seconds=0.2, warmup=2)
+def test_latency_throughput_and_ratio(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A percentile is a time that was measured; a GPU has no threads of the CPU."""
+    monkeypatch.setattr(bench, "_graph_ms", lambda *_: 0.5)
+    runners = [Slow("slow", clock, 10), Slow("quick", clock, 2), Slow("gpu", clock, *range(100, 0, -1))]
+    runners[2].on_gpu = True
+    slow, quick, gpu = bench.measure(runners, IMAGES, threads=3, seconds=0.2, warmup=2)
     assert (slow.p50_ms, slow.p95_ms, slow.p99_ms, slow.ratio, slow.calls) == (10, 10, 10, 1, 20)
     assert (quick.p50_ms, quick.p95_ms, quick.p99_ms, quick.ratio, quick.calls) == (2, 2, 2, 0.2, 100)
-    assert slow.images_per_second == pytest.approx(4 / 0.01)
-    assert quick.images_per_second == pytest.approx(4 / 0.002)
+    assert (slow.images_per_second, quick.images_per_second) == pytest.approx((4 / 0.01, 4 / 0.002))
     assert (slow.threads, slow.batch, slow.runs_on, slow.gpu_p50_ms) == (3, 4, "a bed", None)
+    assert (gpu.threads, gpu.gpu_p50_ms) == (None, 0.5)
+    assert [bench._percentile([ms * 10**6 for ms in range(100, 0, -1)], part) for part in (50, 99)] == [50, 99]
 
 
 def test_they_take_turns(clock: Clock) -> None:
     """Each has its time in several turns, the others' between them."""
     log: list[str] = []
-    bench.measure([Slow(name, 1, clock, log) for name in "abc"], IMAGES, threads=1, seconds=0.05, warmup=2)
+    bench.measure([Slow(name, clock, 1, log=log) for name in "abc"], IMAGES, threads=1, seconds=0.05, warmup=2)
     assert log[:6] == ["a", "a", "b", "b", "c", "c"], "warm-up first"
     turns = [(name, len(list(calls))) for name, calls in groupby(log[6:])]
     assert [name for name, _ in turns] == list("abc") * bench.TURNS
@@ -83,21 +88,8 @@ def test_calls_that_are_timed(clock: Clock) -> None:
     pauses = iter([50, 1, 1])
     bench._turn(lambda: clock.pass_ms(next(pauses)), times, until=2e6)
     assert times == [1e6, 1e6]
-    (found,) = bench.measure([Slow("a", 5, clock, [])], IMAGES, threads=1, seconds=0.001, warmup=0)
+    (found,) = bench.measure([Slow("a", clock, 5)], IMAGES, threads=1, seconds=0.001, warmup=0)
     assert found.calls == bench.TURNS
-
-
-def test_a_gpu_has_no_threads(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench, "_graph_ms", lambda *_: 0.5)
-    (found,) = bench.measure([Slow("a", 1, clock, [], gpu=True)], IMAGES, threads=2, seconds=0.01, warmup=0)
-    assert (found.threads, found.gpu_p50_ms) == (None, 0.5)
-
-
-def test_percentiles_are_times_that_were_measured() -> None:
-    times = [ms * 1_000_000 for ms in range(100, 0, -1)]
-    assert [bench._percentile(times, part) for part in (50, 95, 99)] == [50, 95, 99]
-    assert bench._percentile([7_000_000], 99) == 7
-    assert bench._percentile([3_000_000, 1_000_000, 2_000_000], 50) == 2
 
 
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -124,43 +116,25 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [
-        (["{}/none.onnx"], "cannot read"),
-        (["{}/a.onnx", "--provider", "cuda"], "provider cuda needs a GPU|was asked for"),
-        (["{}/a.onnx", "--batch", "0"], "--batch"),
-        (["{}/a.onnx", "--batch", "1000000"], "1000000 is more than 65536"),
-        (["{}/a.onnx", "--seconds", "nan"], "--seconds is nan"),
-        (["{}/a.onnx", "--json", "{}/none/bench.json"], "cannot be written"),
-        ([], "ARTIFACT"),
-    ],
+    [("--batch 0", "--batch"), ("--seconds nan", "--seconds is nan"), ("--json /none/bench.json", "cannot be written")],
 )
-def test_errors_are_said_once(
-    words: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    write(tmp_path, tiny_onnx(), "a.onnx")
-    assert command(bench.main, *(word.format(tmp_path) for word in words)) == EXIT_USER_ERROR
+def test_errors_are_said_once(words: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = write(tmp_path, tiny_onnx(), "a.onnx")
+    assert command(bench.main, path, *words.split()) == EXIT_USER_ERROR
     err = capsys.readouterr().err
     assert err.count("error:") == 1
-    assert any(part in err for part in said.split("|"))
+    assert said in err
 
 
 def test_pictures_of_different_sizes_are_refused(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def open_one(path: Path, **_: Any) -> Runner:
-        found = Slow(path.name, 0, Clock(), [])
+        found = Slow(path.name, Clock(), 0)
         if path.name == "b":
-            found.spec = type(SPEC)(arch="vit")
+            found.spec = ModelSpec(arch="vit")
         return found
 
     monkeypatch.setattr(runner, "open_runner", open_one)
     assert command(bench.main, "a", "b") == EXIT_USER_ERROR
     assert "different sizes" in capsys.readouterr().err
-
-
-@pytest.mark.gpu
-def test_a_gpu_is_timed_by_events(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = write(tmp_path, tiny_onnx(), "a.onnx")
-    assert command(bench.main, path, "--seconds", "0.1", "--batch", "1") == 0
-    assert "CUDAExecutionProvider" in capsys.readouterr().out

@@ -1,11 +1,11 @@
 """What passes the gate gets its name, what fails does not, and nothing is half-written whatever happens."""
 
+import contextlib
 import errno
 import hashlib
 import os
 import signal
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +19,12 @@ from export.delivery import workshop
 from export.pipeline import export
 from export.precision import CannotRewriteError, Form
 from fer_dist.errors import EXIT_REJECTED, Rejected, UserError
-from fer_dist.models import FaceModel
 from fer_dist.serve.artifact import read_sidecar
 from fer_dist.serve.runner import open_runner
 from tests.helpers.exporting import command, content, exported, names, nothing_changes, sidecar_of
 from tests.helpers.onnx_graphs import constants, set_constant
 
 # -- the gate
-
-
-def off_by(factor: float) -> Callable[[FaceModel, str], onnx.ModelProto]:
-    """An exporter that gets the last layer wrong."""
-    return lambda model, checkpoint_sha256: scaled(exported(model, checkpoint_sha256), factor)
 
 
 def scaled(graph: onnx.ModelProto, factor: float) -> onnx.ModelProto:
@@ -46,31 +40,21 @@ def test_a_rejected_graph_gets_another_name_and_the_old_one_stays(
 ) -> None:
     """No engine is built of it, and a graph that passes later removes it."""
     before = content(copy)
-    monkeypatch.setattr(maker, "to_onnx", off_by(1.001))
+    monkeypatch.setattr(maker, "to_onnx", lambda *given: scaled(exported(*given), 1.001))
     assert command(trt.main, copy / "best.pth", "--backend", "rtx") == EXIT_REJECTED
     out, err = capsys.readouterr()
     assert err.startswith("rejected: best.onnx")
-    assert "relative difference" in err
     assert "REJECTED: relative difference" in out
     assert "best.onnx, which was there before, is another one and stays" in out
     after = content(copy)
     assert {name: after.pop(name) for name in before} == before
     assert set(after) == {"best.onnx.rejected", "best.onnx.rejected.json"}
     report = sidecar_of(copy / "best.onnx.rejected")
-    assert report["parity"]["passed"] is False
     assert "relative difference" in report["parity"]["reasons"][0]
     assert report["sha256"] == hashlib.sha256(after["best.onnx.rejected"]).hexdigest()
     monkeypatch.setattr(maker, "to_onnx", exported)
     assert command(onnx_command.main, copy / "best.pth", "--limit", 5) == 0
     assert names(copy) == ["best.onnx", "best.onnx.json", "best.pth"]
-
-
-def test_a_loosened_tolerance_lets_it_pass_and_is_recorded(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(maker, "to_onnx", off_by(1.001))
-    assert command(onnx_command.main, copy / "best.pth", "--tolerance", "relative=0.1") == 0
-    report = read_sidecar(copy / "best.onnx").parity
-    assert report["passed"] is True
-    assert (report["tolerance"]["loosened"], report["tolerance"]["relative"]) == (["relative=0.1"], 0.1)
 
 
 def test_of_two_forms_one_fails(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,56 +87,41 @@ class Executing:
 @pytest.mark.parametrize("good", [True, False])
 def test_an_engine_that_is_executed_is_judged_itself(good: bool, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its own numbers stand in its report; what it is computed with here is the graph, or one that is wrong."""
-    wrong = copy / "wrong.onnx"
-    wrong.write_bytes(scaled(onnx.load(copy / "best.onnx"), 2).SerializeToString())
+    computed = copy / "computed.onnx"
+    computed.write_bytes(scaled(onnx.load(copy / "best.onnx"), 1 if good else 2).SerializeToString())
     opened = []
 
-    def open_instead(path: Path, provider: str = "auto") -> Any:
+    def open_instead(path: Path) -> Any:
         if path.suffix == ".engine":
             opened.append(read_sidecar(path))
-            path = copy / "best.onnx" if good else wrong
-        return open_runner(path, provider=provider)
+            path = computed
+        return open_runner(path)
 
     monkeypatch.setattr(maker, "open_runner", open_instead)
-    wish = Wish(path=copy / "best.onnx")
-    if good:
-        assert export(wish, Executing()) == [copy / "best.engine"]
-    else:
-        with pytest.raises(Rejected, match=r"best\.engine"):
-            export(wish, Executing())
+    with contextlib.nullcontext() if good else pytest.raises(Rejected, match=r"best\.engine"):
+        export(Wish(path=copy / "best.onnx"), Executing())
     (sidecar,) = opened
     assert (sidecar.kind, sidecar.batch, sidecar.parent) == ("engine", (1, 8, 64), "best.onnx"), "a runner needs it"
-    report = sidecar_of(copy / ("best.engine" if good else "best.engine.rejected"))["parity"]
+    engine = copy / ("best.engine" if good else "best.engine.rejected")
+    assert set(copy.glob("best.engine*")) == {engine, copy / f"{engine.name}.json"}
+    report = sidecar_of(engine)["parity"]
     assert (report["executed"], report["passed"]) == (True, good)
     assert report["candidate"].startswith("best.engine (")
-    assert not (copy / ("best.engine.rejected" if good else "best.engine")).exists()
 
 
 # -- nothing half-written
 
 
 @pytest.mark.usefixtures("exported_before")
-@pytest.mark.parametrize(
-    ("where", "error"),
-    [
-        ("to_onnx", KeyboardInterrupt()),
-        ("compare", RuntimeError("a mistake of ours")),
-        ("deliver", UserError("x", "y")),
-        ("to_int8", KeyboardInterrupt()),
-    ],
-)
-def test_nothing_is_left_after_an_exception(
-    where: str, error: BaseException, copy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("where", ["to_onnx", "compare", "deliver"])
+def test_nothing_is_left_after_an_exception(where: str, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*given: object, **named: object) -> None:
         assert any(path.name.startswith(".export-") for path in copy.iterdir()), "in the middle of the work"
-        raise error
+        raise KeyboardInterrupt
 
     monkeypatch.setattr(maker, where, fail)
-    of_int8 = where == "to_int8"
-    wish = Wish(path=copy / ("best.onnx" if of_int8 else "best.pth"), limit=5, precision="int8" if of_int8 else None)
-    with nothing_changes(copy), pytest.raises(type(error)):
-        export(wish)
+    with nothing_changes(copy), pytest.raises(KeyboardInterrupt):
+        export(Wish(path=copy / "best.pth", limit=5))
 
 
 def test_sigterm_leaves_nothing(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -175,9 +144,8 @@ def test_a_failure_between_the_artifact_and_its_sidecar_restores_the_folder(
     first: bool, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For a moment the artifact has its name and no sidecar; an earlier artifact comes back."""
-    error: BaseException = OSError(errno.EIO, "Input/output error")
+    error = KeyboardInterrupt() if first else OSError(errno.EIO, "Input/output error")
     if first:
-        error = KeyboardInterrupt()
         for name in ("best.onnx", "best.onnx.json"):
             (copy / name).unlink()
     rename = Path.replace

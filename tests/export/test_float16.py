@@ -7,8 +7,8 @@ from onnx import TensorProto, helper, numpy_helper
 
 from export import float16
 from export.precision import to_float16
-from export.rewrite import cpu_session, heads
-from fer_dist.serve.artifact import INPUT, LOGITS, read_onnx_metadata
+from export.rewrite import heads
+from fer_dist.serve.artifact import read_onnx_metadata
 from tests.helpers.exporting import copied, graph_of
 from tests.helpers.onnx_graphs import (
     ARCHS,
@@ -81,21 +81,16 @@ def test_the_given_graph_is_left_alone() -> None:
     assert graph_of("vit").SerializeToString(deterministic=True) == before
 
 
-def test_what_overflows_stays_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_overflows_stays_in_float32() -> None:
     """The same function with values of 1e6 before the output of the first attention."""
     model, stored = copied(graph_of("vit")), constants(graph_of("vit"))
     products = [node.input[1] for node in model.graph.node if node.op_type == "MatMul" and node.input[1] in stored]
     for name, factor in ((products[2], 1e7), (products[3], 1e-7)):
         set_constant(model, name, stored[name] * np.float32(factor))
     truth_NK = logits(model, images(20))
-    np.testing.assert_allclose(truth_NK, logits(graph_of("vit"), images(20)), atol=1e-4)
     held, notes = to_float16(model, SAMPLE)
     assert np.abs(logits(held, images(20)) - truth_NK).max() < 0.02 * truth_NK.std(axis=0).max()
     assert any("MatMul" in line and "exceed" in line for line in notes), notes
-    monkeypatch.setattr(float16, "MARGIN", 1e-30)  # the rule that keeps large values in float32 is off
-    forced, _ = to_float16(model, SAMPLE)
-    (found_NK,) = cpu_session(forced).run([LOGITS], {INPUT: images(20)})
-    assert not np.isfinite(found_NK).any()
 
 
 def test_margin() -> None:
@@ -108,18 +103,13 @@ def test_margin() -> None:
         assert any("exceed" in line for line in notes) == kept, notes
 
 
-def test_constants_without_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_constants_without_digits_stay_in_float32() -> None:
     generator = np.random.default_rng(0)
     first, second = (generator.normal(size=shape).astype(np.float32) for shape in ((4, 8), (8, 8)))
     model = chain(first * np.float32(3e-7), second * np.float32(1e4))
     pixels = generator.integers(0, 256, (20, 1, 2, 2), np.uint8)
     truth_NK = logits(model, pixels)
-    held, _ = to_float16(model, pixels)
-    assert np.abs(logits(held, pixels) - truth_NK).max() < 2e-3 * np.abs(truth_NK).max()
-    monkeypatch.setattr(float16, "LOST", float("inf"))
-    monkeypatch.setattr(float16, "SMALLEST", 0.0)
-    forced, _ = to_float16(model, pixels)
-    assert np.abs(logits(forced, pixels) - truth_NK).max() > 2e-2 * np.abs(truth_NK).max()
+    assert np.abs(logits(to_float16(model, pixels)[0], pixels) - truth_NK).max() < 2e-3 * np.abs(truth_NK).max()
 
 
 def test_a_small_bias_added_to_large_sums_is_half() -> None:

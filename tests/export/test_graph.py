@@ -5,17 +5,14 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import onnx
 import pytest
 import torch
 from onnx import TensorProto
 
 from export.graph import OPSET, Exported, check, trace
-from export.rewrite import cpu_session
 from fer_dist.errors import UserError
 from fer_dist.serve.artifact import ATTENTION, INPUT, LOGITS, PROBABILITIES
-from fer_dist.serve.onnxfile import read_onnx
 from fer_dist.serve.runner import open_runner
 from tests.helpers.exporting import SHA256, Gate, copied, graph_of, lively
 from tests.helpers.onnx_graphs import ARCHS
@@ -50,65 +47,42 @@ def test_inputs_outputs_and_metadata_are_the_contract(arch: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_any_batch_gets_the_outputs_of_the_model(arch: str, gate_of: Callable[[str], Gate], tmp_path: Path) -> None:
+def test_any_batch_gets_the_outputs_of_the_model(arch: str, gate_of: Callable[[str], Gate]) -> None:
     report = gate_of(arch).judge(graph_of(arch))
     assert report.passed, report.reasons
-    assert report.top1_agreement == 1
-    assert report.relative <= 1e-4
     assert set(report.by_batch) >= {1, 2, 3, 7, 64}
-    path = tmp_path / "best.onnx"
-    path.write_bytes(graph_of(arch).SerializeToString())
-    opened, model = read_onnx(path), lively(arch)
-    assert opened.spec == model.spec
-    images_N1SS = pictures(100)
-    logits_NK, probabilities_NK = cpu_session(opened.model).run([LOGITS, PROBABILITIES], {INPUT: images_N1SS.numpy()})
-    with torch.no_grad():
-        expected_NK = model(images_N1SS)
-    np.testing.assert_allclose(logits_NK, expected_NK.numpy(), atol=2e-5)
-    np.testing.assert_allclose(probabilities_NK, expected_NK.softmax(1).numpy(), atol=1e-5)
 
 
-def test_masking_is_gone() -> None:
-    kinds = {node.op_type for node in graph_of("vit_mae").graph.node}
-    assert not kinds & {"RandomUniform", "RandomUniformLike", "RandomNormal", "TopK", "GatherElements", "GatherND"}
-
-
-def test_a_fixed_batch_is_refused_by_exporter_and_reader(tmp_path: Path) -> None:
-    fixed = copied(graph_of("vit"))
+def test_a_fixed_batch_or_another_number_of_classes_is_refused() -> None:
+    fixed, other = copied(graph_of("vit")), copied(graph_of("vit"))
     for value in (*fixed.graph.input, *fixed.graph.output):
         value.type.tensor_type.shape.dim[0].Clear()
         value.type.tensor_type.shape.dim[0].dim_value = 2
+    other.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 8
     with pytest.raises(UserError, match="with a free batch"):
         check(fixed, lively("vit").spec)
-    (tmp_path / "best.onnx").write_bytes(fixed.SerializeToString())
-    with pytest.raises(UserError, match="inputs and outputs"):
-        read_onnx(tmp_path / "best.onnx")
+    with pytest.raises((UserError, onnx.shape_inference.InferenceError)):
+        check(other, lively("vit").spec)
 
 
 def test_attention_is_that_of_the_network(tmp_path: Path) -> None:
     """In any batch: the part of each patch, and they sum to 1; the logits are those of the network that was trained."""
     model, images_N1SS = lively("patt_lite"), pictures(9)
-    for arch in ("patt_lite", "vit"):
-        (tmp_path / f"{arch}.onnx").write_bytes(graph_of(arch).SerializeToString())
     with torch.no_grad():
         logits_NK, expected_NHW = model.with_attention(images_N1SS)
         torch.testing.assert_close(logits_NK, model(images_N1SS), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(expected_NHW.sum((1, 2)), torch.ones(9))
     assert float(expected_NHW.std(0).max()) > 1e-6, "maps that are all alike would show nothing"
-    with open_runner(tmp_path / "patt_lite.onnx", provider="cpu") as runner:
-        for batch in (1, 4, 9):
-            found_NHW = runner.run(images_N1SS[:batch]).attention_NHW
-            assert found_NHW is not None
-            torch.testing.assert_close(found_NHW, expected_NHW[:batch], rtol=1e-4, atol=1e-6)
-    with open_runner(tmp_path / "vit.onnx", provider="cpu") as runner:
-        assert runner.run(images_N1SS).attention_NHW is None
-
-
-def test_another_number_of_classes_is_refused() -> None:
-    other = copied(graph_of("vit"))
-    other.graph.output[0].type.tensor_type.shape.dim[1].dim_value = 8
-    with pytest.raises((UserError, onnx.shape_inference.InferenceError)):
-        check(other, lively("vit").spec)
+    for arch in ("patt_lite", "vit"):
+        path = tmp_path / f"{arch}.onnx"
+        path.write_bytes(graph_of(arch).SerializeToString())
+        with open_runner(path, provider="cpu") as runner:
+            for batch in (1, 4, 9):
+                found_NHW = runner.run(images_N1SS[:batch]).attention_NHW
+                if arch == "vit":
+                    assert found_NHW is None
+                else:
+                    torch.testing.assert_close(found_NHW, expected_NHW[:batch], rtol=1e-4, atol=1e-6)
 
 
 def test_a_network_that_the_exporter_does_not_take_is_a_user_error(monkeypatch: pytest.MonkeyPatch) -> None:
