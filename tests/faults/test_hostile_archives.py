@@ -20,28 +20,14 @@ from tests.helpers.picture_files import plain, write_folder
 
 GOOD = {"happy/1.png": plain(), "sad/2.png": plain()}
 FIRST, SECOND = entry("happy/1.png", 100), entry("happy/2.png", 100, offset=50)
+LINK, OVERLAP = entry("happy/1.png", 100, mode=0o120777), "the members 'happy/1.png' and 'happy/{}.png' overlap"
 ARCHIVES: dict[str, tuple[Callable[[], bytes], str]] = {
-    "one member 30 times": (
-        lambda: with_directory(bytes(500), [FIRST] * 30),
-        "the members 'happy/1.png' and 'happy/1.png' overlap",
-    ),
-    "a member in a member": (
-        lambda: with_directory(bytes(500), [FIRST, SECOND]),
-        "the members 'happy/1.png' and 'happy/2.png' overlap",
-    ),
-    "a member in the directory": (
-        lambda: with_directory(bytes(100), [FIRST]),
-        "'happy/1.png' reaches into the directory",
-    ),
-    "a link": (
-        lambda: with_directory(bytes(500), [entry("happy/1.png", 100, mode=0o120777)]),
-        "'happy/1.png' is a link, not a file",
-    ),
+    "one member 30 times": (lambda: with_directory(bytes(500), [FIRST] * 30), OVERLAP.format(1)),
+    "a member in a member": (lambda: with_directory(bytes(500), [FIRST, SECOND]), OVERLAP.format(2)),
+    "a member in the directory": (lambda: with_directory(bytes(100), [FIRST]), "'happy/1.png' reaches into the"),
+    "a link": (lambda: with_directory(bytes(500), [LINK]), "'happy/1.png' is a link, not a file"),
     "a name that is a NUL": (lambda: with_directory(b"", [entry("\0")]), "has no name"),
-    "500,001 entries": (
-        lambda: with_directory(b"", [entry("")] * 500_001, 1),
-        "its directory has 500,001 members, more than 500,000",
-    ),
+    "500,001 entries": (lambda: with_directory(b"", [entry("")] * 500_001, 1), "500,001 members, more than 500,000"),
     "2,000 long names": (lambda: with_directory(b"", [entry("x" * 65_000)] * 2000), "bytes, more than 128,000,000"),
 }
 

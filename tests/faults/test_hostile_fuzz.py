@@ -9,8 +9,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
+from pyarrow import parquet
 from safetensors.torch import save
 from torch import nn
 
@@ -47,6 +49,8 @@ def subjects() -> dict[str, Subject]:
     row = ("3," + " ".join(["7"] * 2304) + ",Training\n").encode()
     noise = np.random.default_rng(0).integers(0, 256, (48, 48), dtype=np.uint8)
     pictures = {form: encoded(noise, form) for form in FORMATS}
+    table = pa.BufferOutputStream()
+    parquet.write_table(pa.table({"image": [pictures["PNG"]] * 3, "label": [3] * 3}), table)
     archive = zipped({"happy/1.png": pictures["PNG"], "sad/2.jpg": pictures["JPEG"]}, zipfile.ZIP_DEFLATED)
     return {
         "archive of torch": Subject("x.pth", new, read_tensors, NotTensors),
@@ -54,6 +58,7 @@ def subjects() -> dict[str, Subject]:
         "old format": Subject("x.pth", old, read_tensors, NotTensors),
         "safetensors": Subject("x.safetensors", save(dict(flat)), read_tensors, NotTensors),
         "CSV": Subject("fer2013.csv", b"emotion,pixels,Usage\n" + row * 2, read_set, UserError),
+        "parquet": Subject("x.parquet", table.getvalue().to_pybytes(), read_set, UserError),
         "archive of pictures": Subject("faces.zip", archive, read_set, UserError),
     } | {
         form: Subject("x", raw, lambda path: decode(path.read_bytes(), 48), UserError) for form, raw in pictures.items()

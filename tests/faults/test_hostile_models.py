@@ -94,21 +94,14 @@ def test_a_good_one_is_built_and_an_old_spec_has_no_calibration(content: dict[st
 # -- folders
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
     """A good folder of a tiny vit, its weights in shards."""
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("original")
+    folder = tmp_path / "vit"
     sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
     model = ViTForImageClassification(ViTConfig(**sizes, patch_size=16, image_size=64))
     model.save_pretrained(folder, max_shard_size="50KB")
     return folder
-
-
-@pytest.fixture
-def folder(original: Path, tmp_path: Path) -> Path:
-    """A copy of it, to be damaged."""
-    return shutil.copytree(original, tmp_path / "vit")
 
 
 INDEX = "model.safetensors.index.json"

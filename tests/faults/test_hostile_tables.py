@@ -152,18 +152,6 @@ def test_a_parquet_file_takes_bounded_memory(kind: str, tmp_path: Path) -> None:
     read_within("faces", path, expected, max_mib=max_mib)
 
 
-def test_a_damaged_parquet_file_is_refused(tmp_path: Path) -> None:
-    """Cut at each sixteenth, and with each byte changed in the head of its first page."""
-    raw = packed(pa.array([plain()] * 3, pa.binary()))
-    path = tmp_path / "train.parquet"
-    for part in range(1, 16):
-        flipped = raw[: 4 + part] + bytes([raw[4 + part] ^ 0xFF]) + raw[5 + part :]
-        for damaged in (raw[: len(raw) * part // 16], flipped):
-            path.write_bytes(damaged)
-            with pytest.raises(UserError):
-                read_set(path)
-
-
 def test_wrong_names_of_classes_are_ignored_or_refused(tmp_path: Path) -> None:
     path = tmp_path / "train.parquet"
 

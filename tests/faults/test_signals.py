@@ -58,9 +58,6 @@ def require_stopped(started: list[Process], folder: Path, settings: dict[str, An
     return step, done[0].err
 
 
-SLOW = pytest.mark.slow
-
-
 def test_a_signal_to_one_rank_stops_all_at_one_step(tmp_path: Path) -> None:
     started = ranks(tmp_path, {"rank": 1, "signal": "SIGTERM", "step": 9, "after_s": 0})
     step, error = require_stopped(started, tmp_path)
@@ -71,7 +68,7 @@ def test_a_signal_to_one_rank_stops_all_at_one_step(tmp_path: Path) -> None:
     )
 
 
-@SLOW
+@pytest.mark.slow
 def test_a_second_signal_does_not_disturb_the_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The launcher, SLURM and a person in a hurry: both ranks get more signals while rank 0 saves."""
     settings = {"train__save_every_steps": None}
@@ -113,7 +110,7 @@ def test_within_an_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert same(everything(result.folder / "last.pth"), everything(whole.folder / "last.pth"))
 
 
-@SLOW
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_rank_within_an_evaluation(rank: int, tmp_path: Path) -> None:
     """It leaves its share, the other finishes its own: both stop there, and the evaluation is done again."""
@@ -121,7 +118,7 @@ def test_one_rank_within_an_evaluation(rank: int, tmp_path: Path) -> None:
     assert require_stopped(started, tmp_path)[0] == 8
 
 
-@SLOW
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "min_s", "max_s", "error"),
     [

@@ -113,12 +113,6 @@ def in_tar(trace: Path) -> bytes:
     return out.getvalue()
 
 
-def twice(trace: Path) -> bytes:
-    """Return an archive with two members data.pkl: torch finds the first, zipfile the second."""
-    pickles = [("archive/data.pkl", mkdir(trace)), ("archive/data.pkl", whole(b"}"))]
-    return zipped([*pickles, ("archive/version", b"3\n")])
-
-
 class Calls:
     """Pickled as a call of os.mkdir."""
 
@@ -134,7 +128,10 @@ ATTACKS: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "state dict": (lambda t: saved({"weight": torch.zeros(2), "evil": Calls(t)}), NAMES),
     "STACK_GLOBAL": (lambda t: around(whole(text("torch") + text("os.mkdir") + b"\x93(" + text(t) + b"tR", 4)), NAMES),
     "INST": (lambda t: around(whole(b"(" + text(t) + b"ios\nmkdir\n")), "the opcode INST"),
-    "data.pkl twice": (twice, "not exactly one data.pkl"),
+    "data.pkl twice": (  # torch finds the first, zipfile the second
+        lambda t: zipped([*members(around(mkdir(t))).items(), ("archive/data.pkl", whole(b"}"))]),
+        "not exactly one data.pkl",
+    ),
     "DATA.PKL": (lambda t: around(mkdir(t), "DATA.PKL"), "none that torch.save writes"),
     "old format": (lambda t: saved({"evil": Calls(t)}, legacy=True), NAMES),
     "old format, third pickle": (lambda t: old_format(info=mkdir(t)), NAMES),
