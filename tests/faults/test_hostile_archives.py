@@ -6,7 +6,7 @@ import struct
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from unittest import mock
 
 import pytest
 
@@ -40,22 +40,15 @@ def test_a_hostile_archive_is_refused(kind: str, tmp_path: Path) -> None:
     read_within("faces", path, problem, max_mib=192)  # a directory of 128 MB may be looked at
 
 
-def test_an_honest_archive_is_read_and_those_in_it_stay_closed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_honest_archive_is_read_and_those_in_it_stay_closed(tmp_path: Path) -> None:
     """A program that unpacks itself has bytes before its archive, a comment is behind it."""
     path = tmp_path / "faces.zip"
     path.write_bytes(b"MZ" + bytes(500) + zipped(GOOD | {"r/r.zip": zipped(GOOD), "faces.zip": b"PK\3\4"}))
     with zipfile.ZipFile(path, "a") as archive:
         archive.comment = b"faces" * 100
-    opened: list[str] = []
-    original = zipfile.ZipFile.open
-
-    def watched(self: zipfile.ZipFile, name: zipfile.ZipInfo, *_: Any, **__: Any) -> Any:
-        opened.append(name.filename)
-        return original(self, name)
-
-    monkeypatch.setattr(zipfile.ZipFile, "open", watched)
-    assert list(read_set(path).names) == sorted(GOOD)
-    assert opened == sorted(GOOD)
+    with mock.patch.object(zipfile.ZipFile, "open", autospec=True, side_effect=zipfile.ZipFile.open) as opened:
+        assert list(read_set(path).names) == sorted(GOOD)
+    assert [call.args[1].filename for call in opened.call_args_list] == sorted(GOOD)
 
 
 def test_directories_that_contradict_each_other_are_refused() -> None:

@@ -22,9 +22,9 @@ from tests.helpers.training import Rig, settings
 def test_all_ranks_skip_and_count_and_too_many_in_a_row_end_the_run(tmp_path: Path) -> None:
     """Rank 1 has a NaN in the loss, the gradient, the running statistics; twice in a row, then three times."""
     spoil = dict.fromkeys(("2", "11", "22", "23"), "loss") | {"5": "gradient", "10": "statistics", "21": "gradient"}
-    values: dict[str, Any] = {"train__max_skipped": 2, "run__progress": "plain", "optim__schedule": "constant"}
-    values |= {"data__embedded_train": 64, "train__global_batch": 8}
-    faulty = launch(tmp_path, 2, {"rank": 1, "spoil": spoil}, settings=values, restarts=0)
+    values = {"train__max_skipped": 2, "run__progress": "plain", "optim__schedule": "constant"}
+    small = {"data__embedded_train": 64, "train__global_batch": 8}
+    faulty = launch(tmp_path, 2, {"rank": 1, "spoil": spoil}, settings=values | small, restarts=0)
     assert [line["skipped"] for line in plain_lines(faulty.folder)] == [2, 4]
     out = faulty.done.out
     assert "step 3 had a NaN or infinity in the loss on rank 1, lr 0.001, samples " in out
