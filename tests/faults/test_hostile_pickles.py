@@ -87,10 +87,6 @@ def load_shard(path: Path) -> None:
     build_model(Config().override({"model.arch": "vit", "model.weights": str(path.parent)}).model, 48, LabelSet())
 
 
-def fine_tune(path: Path) -> None:
-    starting_model(tiny_config("patt_lite", weights=str(path)).model, 48, LabelSet(), print)
-
-
 WEIGHTS: dict[str, Callable[[Path], object]] = {
     "read_state": read_state,
     "patt_lite": lambda path: load_weights("patt_lite", path),
@@ -100,7 +96,9 @@ WEIGHTS: dict[str, Callable[[Path], object]] = {
 }
 CHECKPOINTS: dict[str, Callable[[Path], object]] = {
     "checkpoint": load_checkpoint,
-    "model.weights": fine_tune,
+    "model.weights": lambda path: starting_model(
+        tiny_config("patt_lite", weights=str(path)).model, 48, LabelSet(), print
+    ),
     "export": lambda path: export(Wish(path=path)),
     "fer_dist.evaluate": lambda path: evaluate([str(path)]),
     "fer_dist.calibrate": lambda path: calibrate([str(path)]),

@@ -7,7 +7,6 @@ import io
 import os
 import pickle
 import struct
-import tarfile
 import zipfile
 from collections.abc import Callable
 from functools import cache
@@ -102,17 +101,6 @@ def old_format(pickled: bytes = whole(b"}"), info: bytes = whole(b"}"), keys: by
     return b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03." + info + pickled + keys
 
 
-def in_tar(trace: Path) -> bytes:
-    """Return the format before the old one: a .tar, whose `storages` are the first thing that is unpickled."""
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as archive:
-        for name in ("storages", "tensors", "pickle"):
-            info = tarfile.TarInfo(name)
-            info.size = len(mkdir(trace))
-            archive.addfile(info, io.BytesIO(mkdir(trace)))
-    return out.getvalue()
-
-
 class Calls:
     """Pickled as a call of os.mkdir."""
 
@@ -123,7 +111,7 @@ class Calls:
         return os.mkdir, (self.trace,)
 
 
-NAMES, UNKNOWN = "it names ", "it begins like no file"
+NAMES = "it names "
 ATTACKS: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "state dict": (lambda t: saved({"weight": torch.zeros(2), "evil": Calls(t)}), NAMES),
     "STACK_GLOBAL": (lambda t: around(whole(text("torch") + text("os.mkdir") + b"\x93(" + text(t) + b"tR", 4)), NAMES),
@@ -136,7 +124,6 @@ ATTACKS: dict[str, tuple[Callable[[Path], bytes], str]] = {
     "old format": (lambda t: saved({"evil": Calls(t)}, legacy=True), NAMES),
     "old format, third pickle": (lambda t: old_format(info=mkdir(t)), NAMES),
     "old format, last pickle": (lambda t: old_format(keys=mkdir(t)), NAMES),
-    "raw pickle": (lambda t: pickle.dumps(Calls(t)), UNKNOWN),
-    "tar in front of an archive": (lambda t: in_tar(t) + benign(), UNKNOWN),
+    "raw pickle": (lambda t: pickle.dumps(Calls(t)), "it begins like no file"),
 }
 """Kind -> (path of the trace -> file, reason of the refusal)."""

@@ -43,11 +43,7 @@ def read_within(reader: str, path: Path, expected: str, *, max_mib: int) -> None
     process = CONTEXT.Process(target=_measure, args=(sender, reader, path))
     process.start()
     sender.close()
-    try:
-        outcome, grown, seconds = receiver.recv()
-    except EOFError:
-        process.join()
-        raise AssertionError(f"{path}: the process ended with {process.exitcode}") from None
+    outcome, grown, seconds = receiver.recv()  # EOFError: it has ended without a result
     process.join()
     assert grown < max_mib * 2**20, f"{path}: {grown / 2**20:.0f} MiB: {outcome}"
     assert seconds < 10, f"{path}: {seconds:.1f} s: {outcome}"
