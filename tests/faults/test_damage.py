@@ -58,9 +58,6 @@ def test_a_run_resumes_from_the_newest_valid_one(tmp_path: Path, capsys: pytest.
     assert newest(folder).refused == ()
 
 
-# -- without a training
-
-
 def resumable(step: int) -> Checkpoint:
     spec = tiny_model("patt_lite").spec
     weights = {"x": torch.full((1000,), float(step))}

@@ -98,13 +98,8 @@ def test_a_good_one_is_built_and_an_old_spec_has_no_calibration(content: dict[st
 def folder(tmp_path: Path) -> Path:
     """A good folder of a tiny vit, its weights in shards."""
     folder = tmp_path / "vit"
-    sizes: dict[str, Any] = {
-        "hidden_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-        "intermediate_size": 32,
-    }
-    model = ViTForImageClassification(ViTConfig(**sizes, patch_size=16, image_size=64))
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = ViTForImageClassification(ViTConfig(**sizes, intermediate_size=32, patch_size=16, image_size=64))
     model.save_pretrained(folder, max_shard_size="50KB")
     return folder
 
