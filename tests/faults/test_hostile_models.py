@@ -11,15 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 from transformers import PreTrainedModel, ViTConfig, ViTForImageClassification
 
 from fer_dist.config import Config
 from fer_dist.engine.checkpoint import Checkpoint, _seal, load, save
 from fer_dist.errors import UserError
 from fer_dist.models import FaceModel, build, build_model
-from fer_dist.models.hf import MAX_PARAMETERS
 from fer_dist.spec import LabelSet, ModelSpec
 from tests.helpers.malicious_pickles import ATTACKS, benign
 from tests.helpers.tiny_models import tiny_model
@@ -50,13 +47,9 @@ def changed(content: dict[str, Any], folder: Path, place: str, value: Any) -> Pa
 
 
 NAN, INF, MISFIT = float("nan"), float("inf"), "do not fit its own architecture"
-FOREIGN = r"is not a checkpoint of fer_dist|is damaged or not a checkpoint"
+FOREIGN = "is not a checkpoint of fer_dist"
 BAD: dict[str, tuple[list[Any], str]] = {
-    "format": (
-        [torch.zeros(2), torch.tensor(2), [2], True, 2.0, "2" * 1000],
-        r"has format .{1,20}, this version reads 2",
-    ),
-    "spec": (["patt_lite"], FOREIGN),
+    "format": ([torch.zeros(2), True, 2.0, "2" * 1000], r"has format .{1,20}, this version reads 2"),
     "spec/arch": ([3], FOREIGN),
     "spec/labels": ([[], ["a", "a"], [1, 2], [str(i) for i in range(1025)]], FOREIGN),
     "spec/input/size": ([10**6, True], FOREIGN),
@@ -69,15 +62,14 @@ BAD: dict[str, tuple[list[Any], str]] = {
     "spec/options": ([[1], {1: 2}], FOREIGN),
     "weights": ([7], FOREIGN),
     # of a good form, but no model can be built
+    "spec/arch/": (["vitt"], "unknown architecture 'vitt'"),
     "spec/options/": ([{"dropout": 0.0}, {}], MISFIT),
     "spec/options/width_mult": ([1e4], "width_mult is 10000.0, expected at most 8"),
     "spec/options/separable": ([10**9], "separable is 1000000000, expected"),
     "spec/options/channels": ([2**40], "expected at most 8192"),
     "spec/options/cut": (["13"], "model.options.cut is '13', expected int"),
     "spec/options/dropout": (["much"], MISFIT),
-    "spec/arch/": (["vitt"], "unknown architecture 'vitt'"),
-    "weights/network.norm.bias": (["text"], "its weights has another form"),
-    "weights/network.norm.bias/": ([torch.zeros(32, dtype=torch.complex64)], MISFIT),
+    "weights/network.norm.bias": ([torch.zeros(32, dtype=torch.complex64)], MISFIT),
 }
 """Place in a checkpoint -> (wrong values, message)."""
 
@@ -92,38 +84,27 @@ def test_a_wrong_spec_is_refused(place: str, content: dict[str, Any], tmp_path: 
         assert caught.value.fix
 
 
-def test_a_timm_spec_names_no_file(content: dict[str, Any], tmp_path: Path) -> None:
-    timm = {"arch": "timm:resnet18", "options": {"checkpoint_path": "/etc/x", "dropout": 0}}
-    with pytest.raises(UserError, match=r"model.options.checkpoint_path is not an option"):
-        load(changed(content, tmp_path, "spec", content["spec"] | timm)).model()
-
-
 def test_a_good_one_is_built_and_an_old_spec_has_no_calibration(content: dict[str, Any], tmp_path: Path) -> None:
     spec = dict(content["spec"])
-    path = changed(content, tmp_path, "spec", spec)
-    assert load(path).model().spec == ModelSpec.from_dict(spec) == tiny_model("patt_lite").spec
+    assert load(changed(content, tmp_path, "spec", spec)).model().spec == tiny_model("patt_lite").spec
     assert (spec.pop("temperature"), spec.pop("smoothing")) == (1.0, 0.0)
     assert load(changed(content, tmp_path, "spec", spec)).spec == tiny_model("patt_lite").spec
 
 
 # -- folders
 
-SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
-SIZES |= {"patch_size": 16, "image_size": 64}
 
-
-@pytest.fixture(scope="module")
-def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("original")
-    ViTForImageClassification(ViTConfig(**SIZES)).save_pretrained(folder)
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A good folder of a tiny vit, its weights in shards."""
+    folder = tmp_path / "vit"
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = ViTForImageClassification(ViTConfig(**sizes, intermediate_size=32, patch_size=16, image_size=64))
+    model.save_pretrained(folder, max_shard_size="50KB")
     return folder
 
 
-@pytest.fixture
-def folder(original: Path, tmp_path: Path) -> Path:
-    """A good folder of a tiny vit, to be damaged."""
-    return shutil.copytree(original, tmp_path / "vit")
+INDEX = "model.safetensors.index.json"
 
 
 def load_folder(folder: Path) -> FaceModel:
@@ -139,64 +120,42 @@ def refused(folder: Path, *words: str) -> None:
     assert caught.value.fix
 
 
-def weights(folder: Path) -> dict[str, Tensor]:
-    """Take the weights out of a folder."""
-    state: dict[str, Tensor] = ViTForImageClassification.from_pretrained(folder).state_dict()
-    (folder / "model.safetensors").unlink()
-    return state
-
-
-def sharded(folder: Path, suffix: str = "safetensors") -> dict[str, Tensor]:
-    """Turn the weights of a folder into two shards and an index."""
-    state = weights(folder)
-    places: dict[str, str] = {}
-    for start in range(2):
-        tensors = {name: state[name].contiguous() for name in sorted(state)[start::2]}
-        places |= dict.fromkeys(tensors, f"{start}.{suffix}")
-        write = torch.save if suffix == "bin" else save_file
-        write(tensors, folder / f"{start}.{suffix}")
-    index = "pytorch_model.bin" if suffix == "bin" else "model.safetensors"
-    (folder / f"{index}.index.json").write_text(json.dumps({"metadata": {}, "weight_map": places}))
-    return state
-
-
-@pytest.mark.parametrize("suffix", ["safetensors", "bin"])
-def test_shards_are_read(folder: Path, suffix: str) -> None:
-    state = sharded(folder, suffix)
+def test_shards_are_read(folder: Path) -> None:
+    """What a shard is goes by its content, whatever the name of the index says."""
     name = "vit.layers.0.mlp.fc1.weight"
-    assert torch.equal(load_folder(folder).get_parameter(f"network.model.{name}"), state[name])
+    weight = ViTForImageClassification.from_pretrained(folder).get_parameter(name)
+    assert len(list(folder.glob("*.safetensors"))) > 1
+    for index in (INDEX, "pytorch_model.bin.index.json"):
+        (folder / INDEX).rename(folder / index)
+        assert torch.equal(load_folder(folder).get_parameter(f"network.model.{name}"), weight)
 
 
 def test_an_index_that_points_elsewhere_is_refused(folder: Path) -> None:
     (folder.parent / "elsewhere.safetensors").write_bytes(benign())
-    (folder / "sub").mkdir()
     (folder / "link").symlink_to(folder.parent / "elsewhere.safetensors")
     (folder / "loop").symlink_to("loop")
-    sharded(folder)
-    path = folder / "model.safetensors.index.json"
-    index = json.loads(path.read_text())["weight_map"]
-    outside = ("../elsewhere.safetensors", "/etc/passwd", "sub/../../elsewhere.safetensors", "link", "loop", "x\0y")
-    for place in (*outside, "a" * 5000):
-        path.write_text(json.dumps({"weight_map": {**index, "vit.layernorm.bias": place}}))
+    index = json.loads((folder / INDEX).read_text())["weight_map"]
+    for place in ("../elsewhere.safetensors", "/etc/passwd", "link", "loop", "x\0y", "a" * 5000):
+        (folder / INDEX).write_text(json.dumps({"weight_map": {**index, "vit.layernorm.bias": place}}))
         refused(folder, str(folder), "which is not in its folder")
-    for wrong in ("{}", "[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {}}'):
-        path.write_text(wrong)
-        refused(folder, "model.safetensors.index.json", "names no files of weights")
-    path.write_text('{"weight_map": {"a": "."}}')
+    for wrong in ("[]", '{"weight_map": []}', '{"weight_map": {"a": 1}}', '{"weight_map": {}}'):
+        (folder / INDEX).write_text(wrong)
+        refused(folder, INDEX, "names no files of weights")
+    (folder / INDEX).write_text('{"weight_map": {"a": "."}}')
     refused(folder, str(folder))
 
 
 def test_a_snapshot_of_the_hub_may_link_to_its_blobs(folder: Path, tmp_path: Path) -> None:
     """Its shards lie two folders higher, and nowhere else."""
-    sharded(folder)
     snapshot, blobs = tmp_path / "models--x" / "snapshots" / "0123", tmp_path / "models--x" / "blobs"
     shutil.copytree(folder, blobs)
     snapshot.mkdir(parents=True)
     for file in folder.iterdir():
         (snapshot / file.name).symlink_to(Path("../../blobs") / file.name)
     load_folder(snapshot)
-    (snapshot / "1.safetensors").unlink()
-    (snapshot / "1.safetensors").symlink_to(folder / "1.safetensors")
+    shard = next(snapshot.glob("*.safetensors"))
+    shard.unlink()
+    shard.symlink_to(folder / shard.name)
     refused(snapshot, "which is not in its folder")
 
 
@@ -205,7 +164,7 @@ def test_transformers_opens_no_file(folder: Path, monkeypatch: pytest.MonkeyPatc
     trace = folder.parent / "trace"
     (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "x", "peft_type": "LORA"}')
     for name in ("adapter_model.bin", "pytorch_model.bin", "training_args.bin"):
-        (folder / name).write_bytes(ATTACKS["in a state dict"][0](trace))
+        (folder / name).write_bytes(ATTACKS["state dict"][0](trace))
     original = PreTrainedModel.from_pretrained.__func__  # type: ignore[attr-defined]
     opened: list[Any] = []
 
@@ -223,17 +182,17 @@ def test_json_has_bounds(folder: Path) -> None:
     path = folder / "config.json"
     path.write_text('{"model_type": "vit", "x": "' + "a" * 2**20 + '"}')
     refused(folder, "config.json is not JSON", "more than 1,048,576 bytes")
-    for deep in ("[" * 100_000, '{"a":' * 100_000, "[" * 900 + "]" * 900):
-        path.write_text('{"model_type": ' + deep + "}")
-        refused(folder, str(folder))
-    path.write_text('{"hidden_size": ' + "9" * 5000 + "}")
-    refused(folder, "config.json is not JSON")
+    for wrong in ("[" * 100_000, "9" * 5000):
+        path.write_text('{"model_type": ' + wrong + "}")
+        refused(folder, "config.json is not JSON")
+    path.write_text('{"model_type": ' + "[" * 900 + "]" * 900 + "}")
+    refused(folder, "holds a 'a list', expected 'vit'")
 
 
 HUGE = 10**4000
-BAD_SIZES: dict[str, Any] = {
+BAD_SIZES: dict[str, list[Any]] = {
     "hidden_size": [2**20, HUGE, 0, -1, "32", 32.0, None, True, [32], {}],
-    "num_hidden_layers": [1001, 10**9, HUGE],
+    "num_hidden_layers": [1001, HUGE],
     "intermediate_size": [10**10, HUGE],
     "num_attention_heads": [HUGE, 3, None],
     "patch_size": [10**6, HUGE, [], [[1]], [None]],
@@ -243,7 +202,6 @@ BAD_SIZES: dict[str, Any] = {
     "layer_norm_eps": [-1, "x", 1e999],
     "model_type": [["vit"], "v" * 10**5, None],
 }
-BAD_COLOURS: list[Any] = [[], [1, 2], [1, 1, 1, 1], "abc", [0.5, 0.5, "x"], [0.5, 0.5, -1], [1e999, 0, 0], 3, None]
 
 
 def test_wrong_sizes_and_colours_are_refused(folder: Path) -> None:
@@ -255,24 +213,24 @@ def test_wrong_sizes_and_colours_are_refused(folder: Path) -> None:
             refused(folder)
     path.write_text(json.dumps(config | {"hidden_size": 2**20, "num_hidden_layers": 900}))
     refused(folder, "hidden_size 1048576", "more than 2,147,483,648 parameters or 1,000 layers")
-    assert MAX_PARAMETERS == 2**31
     path.write_text(json.dumps(config))
+    wrong: list[Any] = [[], [1, 1, 1, 1], "abc", [0.5, 0.5, "x"], [0.5, 0.5, -1], [1e999, 0, 0], 3, None]
     for name in ("image_mean", "image_std"):
-        for value in BAD_COLOURS:
+        for value in wrong:
             (folder / "preprocessor_config.json").write_text(json.dumps({name: value}))
             refused(folder, name, "preprocessor_config.json")
 
 
-def test_wrong_sizes_in_the_spec_of_a_checkpoint_are_refused(folder: Path) -> None:
+def test_wrong_sizes_in_a_spec_are_refused(folder: Path) -> None:
     spec = load_folder(folder).spec.to_dict()
-    build(ModelSpec.from_dict(spec))
     for name, value in (("hidden_size", 2**20), ("hidden_size", "32"), ("num_hidden_layers", 10**6), ("qkv_bias", [])):
         with pytest.raises(UserError):
             build(ModelSpec.from_dict(spec | {"options": spec["options"] | {name: value}}))
 
 
 def test_wrong_state_dicts_are_refused(folder: Path) -> None:
-    state = weights(folder)
+    state = ViTForImageClassification.from_pretrained(folder).state_dict()
+    (folder / INDEX).unlink()
     torch.save(dict(enumerate(state.values())), folder / "pytorch_model.bin")
     refused(folder, "not a state dict")
     torch.save({name: value.reshape(-1)[:1] for name, value in state.items()}, folder / "pytorch_model.bin")

@@ -10,7 +10,7 @@ import pytest
 
 from fer_dist.engine import plots, run
 from fer_dist.engine.checkpoint import load
-from fer_dist.engine.trainer import Result, fit
+from fer_dist.engine.trainer import fit
 from fer_dist.errors import Stopped
 from fer_dist.world import World
 from tests.helpers.fault_runs import SAVE_EVERY, STEPS, Crash, Ledger, breaking, launch, run_whole
@@ -28,6 +28,13 @@ SMALL = {"data__embedded_train": 64, "train__global_batch": 8}
 """Eight steps an epoch, as in the other runs here, at half the cost."""
 
 
+def require_same(folder: Path, whole: Path, *names: str) -> None:
+    """The checkpoints of two runs and their lines of metrics are equal, to the bit."""
+    for name in names:
+        assert same(everything(folder / name), everything(whole / name)), name
+    assert plain_lines(folder) == plain_lines(whole)
+
+
 @pytest.mark.parametrize("case", CASES)
 def test_stopped_at_any_step_it_is_the_same_run(case: str, tmp_path: Path) -> None:
     """Mixup, EMA, accumulated gradients, plateau, patience, clipping and dropout; four breaks in three epochs."""
@@ -37,50 +44,41 @@ def test_stopped_at_any_step_it_is_the_same_run(case: str, tmp_path: Path) -> No
         whole, whole_ledger = run_whole(stateful(arch, tmp_path, run__name="whole", **settings))
         config = stateful(arch, tmp_path, **settings)
         for at in (2, 7, 8, 17):  # inside of an epoch, its last step, the first of the next
-            with (
-                breaking(at, "signal", ledger),
-                pytest.raises(Stopped, match=f"SIGTERM after step {at + 1},"),
-            ):
+            with breaking(at, "signal", ledger), pytest.raises(Stopped, match=f"SIGTERM after step {at + 1},"):
                 fit(config)
         with breaking(-1, "", ledger):
             result = fit(config)
     assert len({record["lr"] for record in whole.records}) == 3, "plateau has halved the rate twice"
     assert ledger == whole_ledger, "the same samples, in the same order, as the same pictures: none lost, none twice"
     assert [start["step"] for start in starts(result.folder)] == [0, 3, 8, 9, 18]
-    assert plain_lines(result.folder) == plain_lines(whole.folder)
-    for name in ("best.pth", "last.pth"):
-        assert same(everything(result.folder / name), everything(whole.folder / name)), name
+    require_same(result.folder, whole.folder, "best.pth", "last.pth")
     reports = [json.loads((folder / "report.json").read_text()) for folder in (result.folder, whole.folder)]
     assert reports[0] == reports[1]
 
 
-@pytest.fixture(scope="module")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> tuple[Result, Ledger]:
-    """Return an unbroken run of patt_lite and its samples."""
-    return run_whole(stateful("patt_lite", tmp_path_factory.mktemp("unbroken"), **SMALL))
-
-
-@pytest.mark.parametrize("at", [5, 8, 11])
-def test_a_crashed_run_resumes_from_the_last_save(at: int, tmp_path: Path, unbroken: tuple[Result, Ledger]) -> None:
-    whole, whole_ledger = unbroken
-    config, ledger = stateful("patt_lite", tmp_path, **SMALL), Ledger()
-    with breaking(at, "crash", ledger), pytest.raises(Crash):
-        fit(config)
-    assert len(ledger) == at
-    with breaking(-1, "", ledger):
-        result = fit(config)
-    saved = at // SAVE_EVERY * SAVE_EVERY
-    assert [start["step"] for start in starts(result.folder)] == [0, saved]
-    assert ledger[:at] == whole_ledger[:at]
-    assert ledger[at:] == whole_ledger[saved:], "at most one save interval is repeated"
-    assert same(everything(result.folder / "last.pth"), everything(whole.folder / "last.pth"))
-    assert plain_lines(result.folder) == plain_lines(whole.folder)
+def test_a_crashed_run_resumes_from_the_last_save(tmp_path: Path) -> None:
+    settings = {"train__epochs": 2, **SMALL}
+    whole, whole_ledger = run_whole(stateful("patt_lite", tmp_path, run__name="whole", **settings))
+    for at in (8, 11):
+        config, ledger = stateful("patt_lite", tmp_path / str(at), **settings), Ledger()
+        with breaking(at, "crash", ledger), pytest.raises(Crash):
+            fit(config)
+        assert len(ledger) == at
+        with breaking(-1, "", ledger):
+            result = fit(config)
+        saved = at // SAVE_EVERY * SAVE_EVERY
+        assert [start["step"] for start in starts(result.folder)] == [0, saved]
+        assert ledger[:at] == whole_ledger[:at]
+        assert ledger[at:] == whole_ledger[saved:], "at most one save interval is repeated"
+        require_same(result.folder, whole.folder, "last.pth")
 
 
 @pytest.mark.parametrize("name", ["_write_best", "save_step", "curves"])
-def test_gone_at_the_end_of_an_epoch_no_best_model_is_lost(name: str, tmp_path: Path) -> None:
+def test_gone_at_the_end_of_an_epoch_no_best_model_is_lost(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Between its line in metrics.jsonl, its best model, its state and its pictures."""
-    short = {"train__save_every_steps": None, "train__epochs": 1, **SMALL}
+    short = {"train__save_every_steps": None, "train__epochs": 1, "run__progress": "plain", **SMALL}
     whole, _ = run_whole(stateful("patt_lite", tmp_path, run__name="whole", **short))
     config = stateful("patt_lite", tmp_path, **short)
     with no_pictures(), mock.patch.object(plots if name == "curves" else run, name, side_effect=Crash):  # noqa: SIM117
@@ -88,41 +86,26 @@ def test_gone_at_the_end_of_an_epoch_no_best_model_is_lost(name: str, tmp_path: 
             fit(config)
     result, _ = run_whole(config)
     assert [start["step"] for start in starts(result.folder)] == [0, 8 * (name == "curves")]
-    for file in ("best.pth", "last.pth"):
-        assert same(everything(result.folder / file), everything(whole.folder / file)), file
-    assert plain_lines(result.folder) == plain_lines(whole.folder)
+    begun_again = "has no checkpoint yet, starting from the beginning" in capsys.readouterr().out
+    assert begun_again == (name != "curves")
+    require_same(result.folder, whole.folder, "best.pth", "last.pth")
 
 
-def test_a_run_without_any_save_begins_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = stateful("vit", tmp_path, run__progress="plain")
-    with breaking(SAVE_EVERY - 1, "crash", []), pytest.raises(Crash):
-        fit(config)
-    result, ledger = run_whole(config)
-    assert "has no checkpoint yet, starting from the beginning" in capsys.readouterr().out
-    assert [start["step"] for start in starts(result.folder)] == [0, 0]
-    assert [number for number, _ in ledger] == list(range(STEPS))
-
-
-def test_auto_without_a_name_is_a_new_run_and_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = stateful("vit", tmp_path, run__name=None, train__epochs=1, run__progress="plain")
-    folder = run_whole(config)[0].folder
-    assert (
-        f"no run.name was given, so this is a new run; --run.name {folder.name} would go on" in capsys.readouterr().out
-    )
-
-
-def test_never_is_never(tmp_path: Path) -> None:
-    """`restart` (the default) goes on with what its launcher has started again, `never` makes a new folder."""
-    folders = {}
-    for resume in ("restart", "never"):
-        config = stateful("vit", tmp_path / resume, run__name=None, run__resume=resume, train__epochs=1)
+def test_a_run_without_a_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`restart` (the default) resumes what its launcher has started again; the others make a new folder."""
+    for resume, steps in (("restart", [0, 4]), ("never", [0]), ("auto", [0])):
+        values = {"run__name": None, "run__resume": resume, "run__progress": "plain", "train__epochs": 1}
+        config = stateful("vit", tmp_path / resume, **values)
+        launch = "" if resume == "auto" else "one"
         with breaking(5, "crash", []), pytest.raises(Crash):
-            fit(config, World(launch="one"))
+            fit(config, World(launch=launch))
+        capsys.readouterr()
         with no_pictures():
-            folders[resume] = fit(config, World(launch="one", restarted=True)).folder
-    assert [len(list((tmp_path / resume).iterdir())) for resume in folders] == [1, 2]
-    assert [start["step"] for start in starts(folders["restart"])] == [0, 4]
-    assert [start["step"] for start in starts(folders["never"])] == [0]
+            folder = fit(config, World(launch=launch, restarted=resume != "auto")).folder
+        assert len(list((tmp_path / resume).iterdir())) == (1 if resume == "restart" else 2)
+        assert [start["step"] for start in starts(folder)] == steps
+        message = f"no run.name was given, so this is a new run; --run.name {folder.name} would go on"
+        assert (message in capsys.readouterr().out) == (resume == "auto")
 
 
 def test_a_changed_setting_is_told_and_takes_effect(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -134,9 +117,8 @@ def test_a_changed_setting_is_told_and_takes_effect(tmp_path: Path, capsys: pyte
     with no_pictures():
         result = fit(config.override(changed))
     told = capsys.readouterr().out
-    assert (
-        "settings have changed: optim.lr 0.001 -> 0.0002; optim.weight_decay 0.05 -> 0.5; train.epochs 3 -> 4" in told
-    )
+    changes = "optim.lr 0.001 -> 0.0002; optim.weight_decay 0.05 -> 0.5; train.epochs 3 -> 4"
+    assert f"settings have changed: {changes}" in told
     assert [record["lr"] for record in result.records] == [1e-3, 2e-4, 2e-4, 2e-4]
     groups = load(result.folder / "last.pth").resume["optimizer"]["param_groups"]
     assert {group["lr"] for group in groups} == {2e-4}

@@ -1,10 +1,9 @@
-"""A rank that stands still is noticed, with the stacks of the living; ranks that do not fit together do not start."""
+"""A rank that makes no progress is noticed, with the stacks of the living; ranks that do not fit do not start."""
 
 import dataclasses
 import re
 import time
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -16,19 +15,9 @@ from fer_dist.engine.watch import LOOK_S, Watch
 from fer_dist.errors import EXIT_RANK_LOST
 from fer_dist.world import World
 from tests.helpers.fault_runs import launch, require_equal, unbroken
-from tests.helpers.processes import python
+from tests.helpers.picture_files import encoded, write_folder
+from tests.helpers.processes import Done, python
 from tests.helpers.training import noise_faces
-
-
-def write_faces(folder: Path, seed: int) -> None:
-    """A small fer2013.csv of noise."""
-    random = np.random.default_rng(seed)
-    rows = [
-        f"{i % 7},{' '.join(map(str, random.integers(0, 256, 2304)))},{'Training' if i < 128 else 'PublicTest'}"
-        for i in range(128 + 14)
-    ]
-    folder.mkdir(parents=True)
-    (folder / "fer2013.csv").write_text("\n".join(["emotion,pixels,Usage", *rows]) + "\n")
 
 
 @pytest.mark.slow
@@ -50,8 +39,11 @@ def test_a_rank_that_stands_still_is_noticed_and_the_run_ends_like_the_unbroken_
     require_equal(broken, unbroken(4))
 
 
+# -- the watch itself
+
+
 def test_one_process_is_left_to_its_owner(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Without a launcher that would start it again: the stacks are written, and it goes on."""
+    """Without a launcher that would start it again, the stacks are written and the process runs on."""
     with Watch(RunConfig(timeout_seconds=0.3), World(), tmp_path) as watch:
         watch.place = "in step 3"
         time.sleep(1.0)
@@ -61,44 +53,56 @@ def test_one_process_is_left_to_its_owner(tmp_path: Path, capsys: pytest.Capture
     assert "test_one_process_is_left_to_its_owner" in (tmp_path / "stacks" / "rank-0.txt").read_text()
 
 
-WATCHED = """
-import os, time
+def watched(folder: Path, inside: str, timeout_s: float = 0.2, before: str = "") -> Done:
+    """Run code inside of a watch in a process that has a launcher."""
+    return python(
+        "-c",
+        f"""
+import os, resource, signal, subprocess, time
 from pathlib import Path
 from fer_dist.config import RunConfig
-from fer_dist.engine.watch import Watch
+from fer_dist.engine import watch
 from fer_dist.world import World
 os.environ["RANK"] = "0"
-"""
+{before}
+with watch.Watch(RunConfig(timeout_seconds={timeout_s}), World(), Path({str(folder)!r})) as watched:
+    {inside}
+""",
+    )
 
 
-def test_a_process_that_was_suspended_goes_on(tmp_path: Path) -> None:
+def test_a_process_that_was_suspended_resumes(tmp_path: Path) -> None:
     """A queue that suspends jobs, a container that is paused: the time away is not the run's."""
-    code = f"""{WATCHED}
-import signal, subprocess
-from fer_dist.engine import watch
-watch.SUSPENDED_S = 1.0
-with Watch(RunConfig(timeout_seconds=1.5), World(), Path({str(tmp_path)!r})) as watched:
-    with subprocess.Popen(["sh", "-c", f"sleep 3; kill -CONT {{os.getpid()}}"]):
+    code = """
+    with subprocess.Popen(["sh", "-c", f"sleep 3; kill -CONT {os.getpid()}"]):
         os.kill(os.getpid(), signal.SIGSTOP)
         time.sleep(0.8)
-    watched.beat()
-"""
-    done = python("-c", code)
+    watched.beat()"""
+    done = watched(tmp_path, code, timeout_s=1.5, before="watch.SUSPENDED_S = 1.0")
     assert (done.code, done.err) == (0, "")
 
 
-def test_it_watches_with_many_files_open(tmp_path: Path) -> None:
+def test_it_leaves_with_many_files_open_though_its_stacks_cannot_be_written(tmp_path: Path) -> None:
     """select() knows the first 1024 only."""
-    code = f"""{WATCHED}
-import resource
+    (tmp_path / "stacks").write_text("a file in the place of the folder")
+    code = """
 resource.setrlimit(resource.RLIMIT_NOFILE, (4096, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
-files = [open("/dev/null") for _ in range(1100)]
-with Watch(RunConfig(timeout_seconds=0.2), World(), Path({str(tmp_path)!r})):
-    time.sleep(60)
-"""
-    done = python("-c", code)
+files = [open("/dev/null") for _ in range(1100)]"""
+    done = watched(tmp_path, "time.sleep(60)", before=code)
     assert done.code == EXIT_RANK_LOST
-    assert "no progress for 0.2 s" in done.err
+    assert "error: rank 0: no progress for 0.2 s" in done.err
+    assert "its stacks cannot be written" in done.err
+
+
+def test_it_leaves_after_the_others_had_time_to_look(tmp_path: Path) -> None:
+    """They would die of a broken connection instead, and what they write would not say where they waited."""
+    code = """
+def say_when(watch, why):
+    print(time.time(), flush=True)
+    os._exit(1)
+watch.Watch._leave = say_when"""
+    done = watched(tmp_path, "time.sleep(60)", before=code)
+    assert float(done.out) - (tmp_path / "stacks" / "rank-0.txt").stat().st_mtime > LOOK_S + 0.5
 
 
 def test_the_longest_step_is_one_of_a_step(tmp_path: Path) -> None:
@@ -112,41 +116,6 @@ def test_the_longest_step_is_one_of_a_step(tmp_path: Path) -> None:
         assert 0.02 <= watch._longest < 0.4
 
 
-def test_a_rank_leaves_though_its_stacks_cannot_be_written(tmp_path: Path) -> None:
-    (tmp_path / "stacks").write_text("a file in the place of the folder")
-    code = f"""
-import os, time
-from pathlib import Path
-from fer_dist.config import RunConfig
-from fer_dist.data.faces import TRAIN, VAL
-from fer_dist.engine.watch import Watch
-from fer_dist.world import World
-os.environ["RANK"] = "1"
-with Watch(RunConfig(timeout_seconds=0.2), World(rank=1, size=2), Path({str(tmp_path)!r})):
-    time.sleep(60)
-"""
-    done = python("-c", code)
-    assert done.code == EXIT_RANK_LOST
-    assert "error: rank 1: no progress for 0.2 s" in done.err
-    assert "its stacks cannot be written" in done.err
-
-
-def test_it_leaves_after_the_others_had_time_to_look(tmp_path: Path) -> None:
-    """They would die of a broken connection instead, and what they write would not say where they waited."""
-    code = f"""{WATCHED}
-leave = Watch._leave
-def leave_and_say_when(watch, why):
-    print(time.time(), flush=True)
-    leave(watch, why)
-Watch._leave = leave_and_say_when
-with Watch(RunConfig(timeout_seconds=0.2), World(), Path({str(tmp_path)!r})):
-    time.sleep(60)
-"""
-    done = python("-c", code)
-    assert done.code == EXIT_RANK_LOST
-    assert float(done.out) - (tmp_path / "stacks" / "rank-0.txt").stat().st_mtime > LOOK_S + 0.5
-
-
 def test_progress_is_what_beats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Watch(RunConfig(timeout_seconds=1.0), World(), tmp_path) as watch:
         for _ in watch.over(range(8)):
@@ -155,44 +124,49 @@ def test_progress_is_what_beats(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert not (tmp_path / "stacks").exists()
 
 
-OTHER: dict[str, tuple[dict[str, Any], str]] = {
-    "several": (
-        {"train__epochs": 9, "model__options__channels": 16},
-        "rank 1 was given model.options.channels 16, rank 0 32; train.epochs 9, rank 0 3",
-    ),
-    "batch": ({"train__global_batch": 7}, "rank 1 was given train.global_batch 7, rank 0 16"),
-}
+# -- ranks that do not fit together
 
 
-@pytest.mark.parametrize("case", OTHER)
-def test_ranks_of_other_settings_do_not_start(case: str, tmp_path: Path) -> None:
-    settings, message = OTHER[case]
-    ended = launch(tmp_path, 2, {"rank": 1, "settings": settings}, restarts=0)
+def test_ranks_of_other_settings_do_not_start(tmp_path: Path) -> None:
+    """A batch that only the other rank could not divide is no other error."""
+    other = {"train__epochs": 9, "model__options__channels": 16, "train__global_batch": 7}
+    ended = launch(tmp_path, 2, {"rank": 1, "settings": other}, restarts=0)
+    message = "model.options.channels 16, rank 0 32; train.epochs 9, rank 0 3; train.global_batch 7, rank 0 16"
     assert ended.done.code == 1, "torchrun's own"
-    assert ended.done.err.startswith(f"error: {message}\n  -> start all nodes with the same line\n")
+    assert ended.done.err.startswith(f"error: rank 1 was given {message}\n  -> start all nodes with the same line\n")
     assert ended.done.err.count("error: ") == 1
     assert "exitcode  : 2 " in ended.done.err
     assert not ended.folder.exists()
 
 
+def write_faces(folder: Path, seed: int) -> str:
+    """Write a data set of noise: 128 pictures to train with, and 14 to validate."""
+    noise_NHW = np.random.default_rng(seed).integers(0, 256, (142, 48, 48), dtype=np.uint8)
+    names = [f"{'train' if i < 128 else 'val'}/{'happy' if i % 2 else 'sad'}/{i}.png" for i in range(142)]
+    return str(write_folder(folder, {name: encoded(noise_HW) for name, noise_HW in zip(names, noise_NHW, strict=True)}))
+
+
 def test_ranks_of_other_data_do_not_start(tmp_path: Path) -> None:
     """The same path, as on two nodes, and not the same pictures."""
-    for rank in (0, 1):
-        write_faces(tmp_path / f"data{rank}", seed=rank)
-    settings = {"data__path": str(tmp_path / "data0")}
-    fault = {"rank": 1, "settings": {"data__path": str(tmp_path / "data1")}}
-    ended = launch(tmp_path / "other", 2, fault, settings=settings, restarts=0)
+    first, second = (write_faces(tmp_path / f"data{seed}", seed) for seed in range(2))
+    fault = {"rank": 1, "settings": {"data__path": second}}
+    ended = launch(tmp_path / "other", 2, fault, settings={"data__path": first}, restarts=0)
     assert re.match(r"error: rank 1 has other data than rank 0: digest \w{16} instead of \w{16}\n  -> ", ended.done.err)
     assert not ended.folder.exists()
 
 
 def test_ranks_of_the_same_data_in_other_places_do_start(tmp_path: Path) -> None:
-    """Each node has its own copy, cache and name for it."""
-    for rank in (0, 1):
-        write_faces(tmp_path / f"data{rank}", seed=0)
-    settings = {"data__path": str(tmp_path / "data0"), "train__epochs": 1, "data__cache_dir": str(tmp_path / "cache0")}
-    there = {"data__path": str(tmp_path / "data1"), "data__cache_dir": str(tmp_path / "cache1")}
-    launch(tmp_path / "same", 2, {"rank": 1, "settings": there}, settings=settings, restarts=0).done.ok()
+    """Each node has its own copy and cache of it; rank 1 other weights, and takes those of rank 0."""
+    first, second = (
+        {"data__path": write_faces(tmp_path / f"data{rank}", 0), "data__cache_dir": str(tmp_path / f"cache{rank}")}
+        for rank in range(2)
+    )
+    fault = {"rank": 1, "settings": second, "weights": True}
+    ended = launch(tmp_path / "same", 2, fault, settings={"train__epochs": 1, **first}, restarts=0)
+    ended.done.ok()
+    ranks = [ended.lines(f"digests-{number}.jsonl") for number in range(2)]
+    assert len(ranks[0]) == 3
+    assert ranks[0] == ranks[1], "weights and EMA at each save"
 
 
 def test_what_a_digest_tells_apart() -> None:
@@ -211,12 +185,3 @@ def test_what_a_digest_tells_apart() -> None:
         data_digest(dataclasses.replace(faces, key="other"), train, val, drawn=True),
     ]
     assert len({digest, *others}) == 1 + len(others)
-
-
-def test_a_rank_with_other_weights_takes_those_of_rank_0(tmp_path: Path) -> None:
-    """Another file on another node, or a processor that rounds otherwise: live weights and EMA are rank 0's."""
-    ended = launch(tmp_path, 2, {"rank": 1, "weights": True}, settings={"train__epochs": 1}, restarts=0)
-    ended.done.ok()
-    ranks = [ended.lines(f"digests-{number}.jsonl") for number in range(2)]
-    assert len(ranks[0]) == 3
-    assert ranks[0] == ranks[1]

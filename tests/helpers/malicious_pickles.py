@@ -1,10 +1,12 @@
-"""Hostile files of tensors that run code where a pickle is simply loaded; what has run leaves a folder, the trace."""
+"""Malicious files of tensors: pickles by hand, archives by hand, and attacks that run code where a file is unpickled.
+
+An attack that has run leaves a folder, the trace.
+"""
 
 import io
 import os
 import pickle
 import struct
-import tarfile
 import zipfile
 from collections.abc import Callable
 from functools import cache
@@ -13,18 +15,7 @@ from typing import Any
 
 import torch
 
-
-class Calls:
-    """Pickled as a call of `function` with `arguments`."""
-
-    def __init__(self, function: Any, *arguments: Any) -> None:
-        self.call = function, arguments
-
-    def __reduce__(self) -> Any:
-        return self.call
-
-
-# -- pickles by hand: an opcode is a byte, and its argument follows
+# -- pickles: an opcode is a byte, and its argument follows
 
 
 def text(value: str | Path) -> bytes:
@@ -48,11 +39,35 @@ def whole(body: bytes, protocol: int = 2) -> bytes:
 
 
 def mkdir(trace: Path) -> bytes:
-    """Return the smallest attack, to be put into others."""
-    return called("os mkdir", text(trace))
+    """Return a pickle that makes the folder."""
+    return whole(called("os mkdir", text(trace)))
 
 
-# -- files
+# -- archives
+
+
+def zipped(files: dict[str, bytes] | list[tuple[str, bytes]], method: int = zipfile.ZIP_STORED) -> bytes:
+    """Return an archive; a list may name a member twice."""
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", method) as archive:
+        for name, raw in files.items() if isinstance(files, dict) else files:
+            archive.writestr(zipfile.ZipInfo(name), raw, method)
+    return out.getvalue()
+
+
+def entry(name: str, size: int = 0, offset: int = 0, mode: int = 0) -> bytes:
+    """Return the entry of a deflated member in the directory of an archive, with the file mode of Unix."""
+    fields = (b"PK\1\2", 20, 20, 0, 8, 0, 33, 0, size, size, len(name), 0, 0, 0, 0, mode << 16, offset)
+    return struct.pack("<4s6H3L5H2L", *fields) + name.encode()
+
+
+def with_directory(body: bytes, entries: list[bytes], count: int | None = None) -> bytes:
+    """Return an archive whose directory is given entry by entry, and may claim another count."""
+    count, listed = len(entries) if count is None else count, b"".join(entries)
+    return body + listed + struct.pack("<4s4H2LH", b"PK\5\6", 0, 0, count, count, len(listed), len(body), 0)
+
+
+# -- files of tensors
 
 
 def saved(content: Any, legacy: bool = False) -> bytes:
@@ -74,93 +89,41 @@ def members(raw: bytes) -> dict[str, bytes]:
         return {info.filename: archive.read(info) for info in archive.infolist()}
 
 
-def zipped(files: dict[str, bytes] | list[tuple[str, bytes]], method: int = zipfile.ZIP_STORED) -> bytes:
-    """Return an archive; a list may name a member twice."""
-    out = io.BytesIO()
-    with zipfile.ZipFile(out, "w", method) as archive:
-        for name, raw in files.items() if isinstance(files, dict) else files:
-            archive.writestr(zipfile.ZipInfo(name), raw, method)
-    return out.getvalue()
+def around(pickled: bytes, name: str = "data.pkl", **others: bytes) -> bytes:
+    """Return a file of torch.save with another pickle, perhaps under another name, and other members."""
+    files = members(benign())
+    del files["archive/data.pkl"]
+    return zipped({f"archive/{name}": pickled} | files | {f"archive/{name}": raw for name, raw in others.items()})
 
 
-def around(pickled: bytes, **others: bytes) -> bytes:
-    """Return a file of torch.save with another data.pkl, and other members in `archive/`."""
-    files = members(benign()) | {"archive/data.pkl": pickled}
-    return zipped(files | {f"archive/{name}": raw for name, raw in others.items()})
-
-
-def old_format(pickled: bytes = b"\x80\x02}.", info: bytes = b"\x80\x02}.", keys: bytes = b"\x80\x02].") -> bytes:
+def old_format(pickled: bytes = whole(b"}"), info: bytes = whole(b"}"), keys: bytes = whole(b"]")) -> bytes:
     """Return a file of the old format: magic number, version, C types, content, keys of storages."""
     return b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03." + info + pickled + keys
 
 
-def in_tar(trace: Path) -> bytes:
-    """Return the format before the old one: a .tar, whose `storages` are the first thing that is unpickled."""
-    out = io.BytesIO()
-    with tarfile.open(fileobj=out, mode="w") as archive:
-        for name in ("storages", "tensors", "pickle"):
-            raw = whole(mkdir(trace))
-            info = tarfile.TarInfo(name)
-            info.size = len(raw)
-            archive.addfile(info, io.BytesIO(raw))
-    return out.getvalue()
+class Calls:
+    """Pickled as a call of os.mkdir."""
+
+    def __init__(self, trace: Path) -> None:
+        self.trace = str(trace)
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (self.trace,)
 
 
-def twice(first: bytes, second: bytes) -> bytes:
-    """Return a .zip with two members data.pkl; torch finds the first, zipfile the second."""
-    version = ("archive/version", b"3\n")
-    return zipped([("archive/data.pkl", first), ("archive/data.pkl", second), version])
-
-
-def capitals(trace: Path) -> bytes:
-    """Return an archive whose pickle is called DATA.PKL, which torch finds, too."""
-    return zipped({name.replace("data.", "DATA."): raw for name, raw in members(around(whole(mkdir(trace)))).items()})
-
-
-NAMES, FOREIGN, LIKE_NONE = "it names ", "none that torch.save writes", "it begins like no file"
+NAMES = "it names "
 ATTACKS: dict[str, tuple[Callable[[Path], bytes], str]] = {
-    "os.system": (lambda t: saved(Calls(os.system, f"mkdir '{t}'")), NAMES),
-    "eval": (lambda t: saved(Calls(eval, f"__import__('os').mkdir({str(t)!r})")), NAMES),
-    # opcodes
-    "GLOBAL of protocol 0": (lambda t: b"cos\nmkdir\n(S'" + str(t).encode() + b"'\ntR.", LIKE_NONE),
-    "STACK_GLOBAL": (lambda t: around(whole(text("os") + text("mkdir") + b"\x93(" + text(t) + b"tR", 4)), NAMES),
-    "STACK_GLOBAL of a path": (
-        lambda t: around(whole(text("torch") + text("os.mkdir") + b"\x93(" + text(t) + b"tR", 4)),
-        NAMES,
-    ),
+    "state dict": (lambda t: saved({"weight": torch.zeros(2), "evil": Calls(t)}), NAMES),
+    "STACK_GLOBAL": (lambda t: around(whole(text("torch") + text("os.mkdir") + b"\x93(" + text(t) + b"tR", 4)), NAMES),
     "INST": (lambda t: around(whole(b"(" + text(t) + b"ios\nmkdir\n")), "the opcode INST"),
-    "OBJ": (lambda t: around(whole(b"(" + named("os mkdir") + text(t) + b"o")), NAMES),
-    "BINPERSID": (lambda t: around(whole(b"(" + text("storage") + mkdir(t) + b"tQ")), NAMES),
-    # places in a file
-    "raw pickle": (lambda t: whole(mkdir(t)), LIKE_NONE),
-    "raw pickle of protocol 4": (lambda t: pickle.dumps(Calls(os.mkdir, str(t)), 4), LIKE_NONE),
-    "in a state dict": (lambda t: saved({"weight": torch.zeros(2), "evil": Calls(os.mkdir, str(t))}), NAMES),
-    "as a key": (lambda t: around(whole(b"}" + mkdir(t) + b"K\x01s")), NAMES),
-    "as an argument": (
-        lambda t: around(whole(called("torch._utils _rebuild_parameter", mkdir(t), b"\x88", b"N"))),
-        NAMES,
+    "data.pkl twice": (  # torch finds the first, zipfile the second
+        lambda t: zipped([*members(around(mkdir(t))).items(), ("archive/data.pkl", whole(b"}"))]),
+        "not exactly one data.pkl",
     ),
-    "old format": (lambda t: saved({"evil": Calls(os.mkdir, str(t))}, legacy=True), NAMES),
-    "old format, third pickle": (lambda t: old_format(info=whole(mkdir(t))), NAMES),
-    "old format, last pickle": (lambda t: old_format(keys=whole(mkdir(t))), NAMES),
-    "tar": (in_tar, LIKE_NONE),
-    "tar in front of a zip": (lambda t: in_tar(t) + benign(), LIKE_NONE),
-    "behind the end": (lambda t: around(b"\x80\x02}." + whole(mkdir(t))), "its data.pkl goes on behind its end"),
-    "data.pkl twice": (lambda t: twice(whole(mkdir(t)), b"\x80\x02}."), "not exactly one data.pkl"),
-    "DATA.PKL": (capitals, FOREIGN),
-    "deflated": (lambda t: zipped(members(around(whole(mkdir(t)))), zipfile.ZIP_DEFLATED), "is compressed"),
-    "TorchScript": (lambda t: around(whole(mkdir(t)), **{"constants.pkl": b"\x80\x02)."}), FOREIGN),
+    "DATA.PKL": (lambda t: around(mkdir(t), "DATA.PKL"), "none that torch.save writes"),
+    "old format": (lambda t: saved({"evil": Calls(t)}, legacy=True), NAMES),
+    "old format, third pickle": (lambda t: old_format(info=mkdir(t)), NAMES),
+    "old format, last pickle": (lambda t: old_format(keys=mkdir(t)), NAMES),
+    "raw pickle": (lambda t: pickle.dumps(Calls(t)), "it begins like no file"),
 }
 """Kind -> (path of the trace -> file, reason of the refusal)."""
-INERT = ("behind the end", "TorchScript")
-"""Of ATTACKS, those that neither `pickle` nor `torch` runs."""
-EVIL_NAMES = [
-    *("os system", "posix system", "nt system", "subprocess check_call", "shutil rmtree", "builtins eval"),
-    *("builtins exec", "builtins getattr", "builtins __import__", "__builtin__ eval", "timeit timeit", "pathlib Path"),
-    *("runpy run_path", "importlib import_module", "functools partial", "operator methodcaller", "numpy load"),
-    *("operator attrgetter", "torch load", "torch.serialization load", "torch.storage _load_from_bytes"),
-    *("torch.hub _load_local", "torch.jit load", "torch._utils os.mkdir"),
-    # torch's own guard permits these, which fill the memory
-    *("builtins bytearray", "torch FloatTensor", "_codecs encode", "torch._utils _rebuild_meta_tensor_no_storage"),
-]
-"""Functions that could act, or lead to others that do: `module name`."""
