@@ -61,6 +61,9 @@ def test_wrong_arguments_are_refused(folder: Path, tmp_path: Path, monkeypatch: 
         ("--data.cach_dir x", "did you mean 'data.cache_dir'"),
         ("--optim.lr 1", "--optim.lr is not a setting of the audit"),
         ("--data /no/such/place", "/no/such/place"),
+        ("--data.size 4", "data.size is 4"),
+        ("--data.on_error maybe", "expected one of stop, skip"),
+        ("picture.png", "unexpected argument 'picture.png'"),
         ("--data data --out file", "file cannot be written"),
         ("--data data --out out", "audit.json cannot be written"),
     ):

@@ -120,6 +120,9 @@ def test_bad_arguments_are_refused(folder: Path, tmp_path: Path, capsys: Capture
     for words, message in (
         ([], "required: PATH"),
         ([best, "--out", there], "exists, and is not replaced"),
+        ([best, "--out", best], "exists, and is not replaced"),
+        ([best, "--data", tmp_path / "nothing.csv"], "does not exist"),
+        ([best, "--split", "train"], "--split"),
         ([best, "--out", tmp_path / "x.onnx"], "does not end in .pth"),
         ([tmp_path / "best.onnx"], "is no checkpoint"),
         ([tmp_path / "gone.pth"], "cannot read"),

@@ -263,6 +263,8 @@ def test_bad_arguments_are_refused(folder: Path, tmp_path: Path, capsys: Capture
         ([tmp_path / "file"], ".pth"),
         ([best, "--data", tmp_path / "nothing.csv"], "does not exist"),
         ([best, "--split", "test", "--data", data_folder(tmp_path / "v", {"val": [("sad", 1)]})], "test part is empty"),
+        ([best, "--train-data", tmp_path / "nothing.csv"], "does not exist"),
+        ([best, "--out", tmp_path / "file"], "cannot write"),
         ([best, "--out", tmp_path / "file" / "deeper"], "cannot write"),
     ]
     if not torch.cuda.is_available():

@@ -117,6 +117,7 @@ def test_wrong_arguments_are_refused(model: Path, tmp_path: Path, monkeypatch: P
     for line, message in (
         ("", "the following arguments are required: IMAGE_OR_FOLDER"),
         ("a.png --model missing.onnx", "missing.onnx"),
+        ("a.png --model a.txt", "ends in none of"),
         ("a.png --model MODEL --margin 9", "margin is 9.0, expected -0.4..2"),
         ("a.png --model MODEL --detail 9", "detail is 9, expected"),
         ("a.png --model MODEL --batch 0", "0 is not a number within 1..65536"),

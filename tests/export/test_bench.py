@@ -116,7 +116,13 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 @pytest.mark.parametrize(
     ("words", "said"),
-    [("--batch 0", "--batch"), ("--seconds nan", "--seconds is nan"), ("--json /none/bench.json", "cannot be written")],
+    [
+        ("none.onnx", "cannot read"),
+        ("--batch 0", "--batch"),
+        ("--batch 1000000", "1000000 is more than 65536"),
+        ("--seconds nan", "--seconds is nan"),
+        ("--json /none/bench.json", "cannot be written"),
+    ],
 )
 def test_errors_are_said_once(words: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write(tmp_path, tiny_onnx(), "a.onnx")

@@ -75,7 +75,12 @@ def test_the_command_with_data(folder: Path, capsys: pytest.CaptureFixture[str])
     words = [folder / "best.pth", folder / "best.onnx", "--data", folder / "faces.csv"]
     assert command(main, *words, "--limit", 4) == 0
     assert "4 of 9, validation part of" in capsys.readouterr().out
-    for wrong in ([*words[:3], folder / "nothing.csv"], [*words, "--limit", "0"], [*words, "--tolerance", "x=1"]):
+    for wrong in (
+        [*words[:3], folder / "nothing.csv"],
+        [folder / "best.pth", folder / "best.gone"],
+        [*words, "--limit", "0"],
+        [*words, "--tolerance", "x=1"],
+    ):
         assert command(main, *wrong) == EXIT_USER_ERROR
         out, err = capsys.readouterr()
         assert err.startswith("error: ")
