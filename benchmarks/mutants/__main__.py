@@ -1,6 +1,6 @@
-"""Break the code in one place at a time and require that a test fails: `python -m tests.mutants [FILES] [--jobs N]`.
+"""Break the code in one place at a time and require that a test fails: `python -m benchmarks.mutants [FILES]`.
 
-Each entry of `tests/mutants/*.yaml` is one mutant:
+Each entry of `benchmarks/mutants/*.yaml` is one mutant:
 
     - file: fer_dist/world.py          # a tracked file
       find: the text to replace        # must occur exactly once
