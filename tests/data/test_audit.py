@@ -1,8 +1,6 @@
 """The audit finds what was planted, exactly."""
 
-import json
 from collections.abc import Sequence
-from dataclasses import FrozenInstanceError
 
 import numpy as np
 import pytest
@@ -19,9 +17,9 @@ from tests.helpers.picture_files import faces_of
 ANGRY, DISGUST, FEAR, HAPPY, SAD, SURPRISE, NEUTRAL = range(7)
 
 
-def blobs(count: int, side: int = 48, seed: int = 0) -> NDArray[np.uint8]:
+def blobs(count: int, side: int = 48) -> NDArray[np.uint8]:
     """Unlike pictures `[N, S, S]` with large and small detail, between 30 and 230."""
-    random = np.random.default_rng(seed)
+    random = np.random.default_rng(0)
     coarse_NHW = np.kron(random.uniform(-1, 1, (count, 6, 6)), np.ones((-(-side // 6), -(-side // 6))))
     noise_NHW = random.uniform(-0.3, 0.3, (count, side, side))
     return (130 + 75 * (coarse_NHW[:, :side, :side] + noise_NHW)).astype(np.uint8)
@@ -88,19 +86,40 @@ def test_planted_pictures_are_found(found: Findings) -> None:
     assert all(0.999 < c.correlation <= 1 for c in found.near_copies)
     assert at(found.leaks) == [2, 9, 16], "copies in an earlier part"
     assert at(found.near_leaks) == [5, 14]
-
-
-def test_counts(found: Findings) -> None:
-    expected = {"pictures": 19, "distinct": 19 - 4, "blank": 3, "flat": 2}
-    expected |= {"black": 2, "black_train": 1, "black_val": 0, "black_test": 1}
-    expected |= {"exact_groups": 4, "exact_groups_labels_differ": 2, "exact_groups_splits_differ": 3, "near_pairs": 1}
-    expected |= {"mirrored_pairs": 2, "mirrored_pairs_labels_differ": 1, "mirrored_pairs_splits_differ": 1}
-    expected |= {"leaks_val": 1, "leaks_test": 2, "leaks_train": 0}
-    assert {name: found.counts[name] for name in expected} == expected
     assert found.per_class["angry"] == {"train": 3, "val": 1, "test": 0}
     assert found.per_class["surprise"] == {"train": 1, "val": 2, "test": 1}
-    assert sum(sum(row.values()) for row in found.per_class.values()) == 19
     assert list(found.per_class) == list(EXPRESSIONS)
+    assert found.to_dict()["exact"][1]["pictures"][0]["name"] == "row 2"
+
+
+def test_the_summary_and_the_picture(found: Findings) -> None:
+    assert summary(found) == [
+        "pictures: 9 train + 6 val + 4 test",
+        "black pictures: 2 (1 train, 0 val, 1 test)",
+        "blank pictures of another grey: 1",
+        "nearly flat pictures (standard deviation under 3 grey levels): 2 (1 train, 1 val, 0 test)",
+        "distinct pictures: 15",
+        "groups of exact copies: 4",
+        "groups of exact copies with conflicting labels: 2",
+        "groups of exact copies across splits: 3",
+        "val pictures copied from train: 1",
+        "test pictures copied from train or val: 2",
+        "pairs of near copies (correlation >= 0.98): 1 (0 with conflicting labels, 1 across splits)",
+        "pairs of mirrored copies (likewise): 2 (1 with conflicting labels, 1 across splits)",
+        "val pictures with only a near or mirrored copy in train: 1",
+        "test pictures with only a near or mirrored copy in train or val: 1",
+        "note: a note of the reader",
+    ]
+    assert [(title, [at(pictures) for _, pictures in tiles]) for title, tiles in _sections(found)] == [
+        ("Blank and nearly flat pictures: 5", [[11], [12], [8], [9], [10]]),
+        ("The same picture with different labels, blank ones aside: 1", [[3, 2]]),
+        ("Near copies in different splits: 1", [[4, 5]]),
+        ("Mirrored copies in different splits: 1", [[13, 14]]),
+    ]
+    sheet = draw(planted(), found)
+    assert sheet.mode == "L"
+    assert 0 < np.asarray(sheet).mean() < 255
+    assert sheet.height > 4 * 144  # four sections, each with a row of pictures
 
 
 def test_a_near_copy_speaks_for_the_exact_copies_of_both() -> None:
@@ -112,16 +131,14 @@ def test_a_near_copy_speaks_for_the_exact_copies_of_both() -> None:
     assert found.near_leaks == ()  # counted once, as exact
 
 
-def test_findings_are_frozen_plain_values_and_progress_is_reported() -> None:
-    calls: list[tuple[str, int, int]] = []
-    found = audit(planted(), progress=lambda what, done, total: calls.append((what, done, total)))
-    assert {what for what, done, total in calls if done == total} == {"blank pictures", "near copies"}
-    with pytest.raises(FrozenInstanceError):
-        found.near = 0.5  # type: ignore[misc]
-    plain = json.loads(json.dumps(found.to_dict()))
-    assert next(iter(plain)) == "counts"
-    assert plain["exact"][1]["pictures"][0]["name"] == "row 2"
-    assert plain["notes"] == ["a note of the reader"]
+def test_all_pictures_alike_or_blank() -> None:
+    stages: set[str] = set()
+    for image in (blobs(1)[0], np.zeros((48, 48), dtype=np.uint8)):
+        faces = faces_of(np.stack([image] * 3), range(3), [TRAIN, VAL, TEST])
+        found = audit(faces, progress=lambda what, done, total: stages.add(what))
+        assert found.counts["distinct"] == 1
+        assert at(found.leaks) == [1, 2]
+    assert stages == {"blank pictures", "near copies"}
 
 
 @pytest.mark.parametrize("near", [0, 1.01, float("nan")])
@@ -132,31 +149,16 @@ def test_a_threshold_that_is_not_a_correlation_is_refused(near: float) -> None:
 
 def test_exact_groups_are_numbered_by_first_appearance() -> None:
     a, b, c = blobs(3)
-    assert exact_groups(np.stack([a, b, a, c, b])).tolist() == [0, 1, 0, 2, 1]
-    assert exact_groups(np.stack([a, a.T])).tolist() == [0, 1]
+    assert exact_groups(np.stack([a, b, a, c, b, a.T])).tolist() == [0, 1, 0, 2, 1, 3]
     assert exact_groups(a[:0].reshape(0, 48, 48)).tolist() == []
 
 
-def test_all_pictures_alike_or_blank() -> None:
-    for image in (blobs(1)[0], np.zeros((48, 48), dtype=np.uint8)):
-        found = audit(faces_of(np.stack([image] * 3), range(3), [TRAIN, VAL, TEST]))
-        assert found.counts["distinct"] == 1
-        assert at(found.leaks) == [1, 2]
-
-
-def brute(images_NHW: NDArray[np.uint8], near: float) -> set[tuple[int, int, bool]]:
-    """Every pair at full resolution, by numpy's own correlation."""
-    flat_NP = images_NHW.reshape(len(images_NHW), -1)
-    mirror_NP = images_NHW[:, :, ::-1].reshape(len(images_NHW), -1)
-    both_NN = np.corrcoef(flat_NP, mirror_NP)
-    plain_NN, mirrored_NN = both_NN[: len(flat_NP), : len(flat_NP)], both_NN[: len(flat_NP), len(flat_NP) :]
-    best_NN = np.triu(np.maximum(plain_NN, mirrored_NN), 1)
-    return {(int(a), int(b), bool(mirrored_NN[a, b] > plain_NN[a, b])) for a, b in np.argwhere(best_NN >= near)}
-
-
-@pytest.mark.parametrize(("side", "near"), [(48, 0.98), (48, 0.9), (17, 0.98), (10, 0.95)])
+@pytest.mark.parametrize(("side", "near"), [(48, 0.98), (17, 0.98), (10, 0.95)])
 def test_the_prefilter_loses_nothing(side: int, near: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Copies on both sides of the threshold, with all of the difference in what the prefilter does not see."""
+    """Copies on both sides of the threshold, with all of the difference in what the prefilter does not see.
+
+    Compared with numpy's own correlation of every pair at full resolution.
+    """
     monkeypatch.setattr(copies, "BLOCK", 50)  # several blocks, the last one short
     random = np.random.default_rng(1)
     base_NHW = blobs(40, side).astype(np.float64)
@@ -165,10 +167,13 @@ def test_the_prefilter_loses_nothing(side: int, near: float, monkeypatch: pytest
     some_NHW = np.tile(base_NHW, (4, 1, 1)) + strength_N11 * random.choice([-1, 1], (160, 1, 1)) * checks_HW
     some_NHW[::3] = some_NHW[::3, :, ::-1]
     images_NHW = np.clip(some_NHW, 0, 255).astype(np.uint8)
+    both_NN = np.corrcoef(images_NHW.reshape(160, -1), images_NHW[:, :, ::-1].reshape(160, -1))
+    plain_NN, mirrored_NN = both_NN[:160, :160], both_NN[:160, 160:]
+    best_NN = np.triu(np.maximum(plain_NN, mirrored_NN), 1)
+    expected = {(a, b, mirrored_NN[a, b] > plain_NN[a, b]) for a, b in np.argwhere(best_NN >= near)}
     pairs, notes = near_pairs(images_NHW, np.arange(160), near, lambda what, done, total: None)
-    want = brute(images_NHW, near)
-    assert {(a, b, mirrored) for a, b, _, mirrored in pairs} == want
-    assert 20 < len(want) < 40 * 6  # of the 240 pairs of one base, some are near and some are not
+    assert {(a, b, mirrored) for a, b, _, mirrored in pairs} == expected
+    assert 20 < len(expected) < 40 * 6  # of the 240 pairs of one base, some are near and some are not
     assert notes == ()
     assert [c for _, _, c, _ in pairs] == sorted((c for _, _, c, _ in pairs), reverse=True)
 
@@ -178,30 +183,3 @@ def test_too_many_pairs_end_the_search_with_a_note(monkeypatch: pytest.MonkeyPat
     found = audit(faces_of(np.stack([blobs(1)[0] // 2 + i for i in range(20)]), [0] * 20, [TRAIN] * 20))
     assert found.counts["near_pairs"] == 5
     assert "ended at 5 pairs" in found.notes[0]
-
-
-def test_the_sentences_and_the_picture(found: Findings) -> None:
-    lines = summary(found)
-    for line in (
-        "pictures: 9 train + 6 val + 4 test",
-        "black pictures: 2 (1 train, 0 val, 1 test)",
-        "blank pictures of another grey: 1",
-        "groups of exact copies: 4",
-        "groups of exact copies with conflicting labels: 2",
-        "groups of exact copies across splits: 3",
-        "val pictures copied from train: 1",
-        "test pictures copied from train or val: 2",
-        "pairs of mirrored copies (likewise): 2 (1 with conflicting labels, 1 across splits)",
-        "note: a note of the reader",
-    ):
-        assert line in lines
-    assert [(title, [at(pictures) for _, pictures in tiles]) for title, tiles in _sections(found)[1:]] == [
-        ("The same picture with different labels, blank ones aside: 1", [[3, 2]]),
-        ("Near copies in different splits: 1", [[4, 5]]),
-        ("Mirrored copies in different splits: 1", [[13, 14]]),
-    ]
-    assert _sections(found)[0][0] == "Blank and nearly flat pictures: 5"
-    sheet = draw(planted(), found)
-    assert sheet.mode == "L"
-    assert 0 < np.asarray(sheet).mean() < 255
-    assert sheet.height > 4 * 144  # four sections, each with a row of pictures

@@ -4,13 +4,13 @@ import re
 import struct
 import tracemalloc
 import zipfile
-import zlib
 from itertools import product
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow as pa
 import pytest
+from PIL import Image
 from pyarrow import parquet
 
 from fer_dist.data import pictures
@@ -18,7 +18,7 @@ from fer_dist.data.faces import Faces
 from fer_dist.data.readers import read_faces
 from fer_dist.errors import UserError
 from fer_dist.spec import LabelSet
-from tests.helpers.picture_files import plain, write_folder, write_zip
+from tests.helpers.picture_files import encoded, plain, write_folder, write_zip
 
 PIXELS = " ".join(str(i % 256) for i in range(2304))
 GOOD = f"3,{PIXELS},Training"
@@ -48,11 +48,9 @@ def csv(tmp_path: Path, *rows: str, header: str = "emotion,pixels,Usage") -> Pat
 
 BAD_ROWS = {
     "one pixel less": (f"3,{PIXELS[:-4]},Training", "2,303 pixels, expected 2,304"),
-    "another square": ("3," + " ".join(["7"] * 2500) + ",Training", "2,500 pixels, expected 2,304"),
     "above 255": (f"3,256 {PIXELS[2:]},Training", "pixel value '256'"),
     "huge": (f"3,{'9' * 5000} {PIXELS[2:]},Training", "pixel value '9999"),
     "below 0": (f"3,-1 {PIXELS[2:]},Training", "pixel value '-1'"),
-    "no number": (f"3,x {PIXELS[2:]},Training", "pixel value 'x'"),
     "not whole": (f"3,0.5 {PIXELS[2:]},Training", "pixel value '0.5'"),
     "label 7": (f"7,{PIXELS},Training", "unknown class '7'"),
     "huge label": (f"{'1' * 5000},{PIXELS},Training", "unknown class '111"),
@@ -75,6 +73,9 @@ def test_bad_row_stops_or_is_skipped(tmp_path: Path, kind: str) -> None:
 def test_a_damaged_csv_or_path_is_refused_also_with_skip(tmp_path: Path) -> None:
     refused(tmp_path / "none.csv", "none.csv", "does not exist")
     refused(tmp_path, str(tmp_path), "holds no picture")
+    write_folder(tmp_path / "tree", {"happy/0.png": plain()})
+    (tmp_path / "tree" / "happy" / "1.png").symlink_to("nowhere.png")
+    refused(tmp_path / "tree", "1.png", "cannot be read")
     refused(csv(tmp_path, "1,2", header="emotion,Usage"), "fer2013.csv", "no column 'pixels'", on_error="skip")
     refused(csv(tmp_path, PIXELS, header="pixels"), "fer2013.csv", "no column 'emotion'", on_error="skip")
     refused(csv(tmp_path, "3," + "1" * 200_000), "line 2", "more than 65,536 characters", on_error="skip")
@@ -113,27 +114,15 @@ def test_an_unknown_folder_stops_also_with_skip(tmp_path: Path, name: str) -> No
     refused(write_zip(tmp_path / "a.zip", files), "a.zip", name, WRONG_TREES[name], on_error="skip")
 
 
-def chunk(kind: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-
-
-def bomb(width: int, height: int) -> bytes:
-    """A PNG whose header promises more pixels than anybody wants to decode."""
-    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 100))
-
-
 BAD_PICTURES: dict[str, tuple[bytes, str]] = {
     "empty": (b"", "no picture of the formats JPEG"),
     "text": (b"hello", "no picture of the formats JPEG"),
     "other format": (plain(form="TIFF"), "no picture of the formats JPEG"),
     "cut JPEG": (plain(form="JPEG")[:-20], "does not decode"),
     "cut PNG": (plain()[:-30], "does not decode"),
-    "bomb that Pillow warns of": (bomb(12_000, 12_000), "does not decode: 12000x12000 pixels"),
+    "large enough for a warning of Pillow": (encoded(Image.new("1", (12_000, 12_000))), "12000x12000 pixels"),
     "17 MiB": (plain() + b"\0" * 17 * 2**20, "more than a picture may have"),
 }
-
-
 FORMS = [*product(BAD_PICTURES, ["folder"]), *product(["cut JPEG", "17 MiB"], ["zip", "parquet"])]
 
 
@@ -155,25 +144,15 @@ def test_a_bad_picture_stops_or_is_skipped(tmp_path: Path, kind: str, form: str)
     assert any("skipped 1 bad" in note and where in note for note in faces.notes)
 
 
-def test_dangling_link_is_a_bad_picture(tmp_path: Path) -> None:
-    (tmp_path / "happy").mkdir()
-    (tmp_path / "happy" / "1.png").symlink_to("nowhere.png")
-    refused(tmp_path, "1.png", "cannot be read")
-
-
-def test_a_truncated_zip_is_refused(tmp_path: Path) -> None:
-    path = write_zip(tmp_path / "archive.zip", TWO)
+def test_a_damaged_zip_is_refused_and_a_damaged_member_is_one_bad_picture(tmp_path: Path) -> None:
+    path = write_zip(tmp_path / "archive.zip", TWO, zipfile.ZIP_STORED)
     whole = path.read_bytes()
-    for count in (len(whole) - 1, len(whole) - 100, len(whole) // 2, 0):
+    for count in (len(whole) - 1, len(whole) // 2, 0):
         path.write_bytes(whole[:count])
         refused(path, "archive.zip", "truncated", on_error="skip")
-
-
-def test_damaged_member_is_one_bad_picture(tmp_path: Path) -> None:
-    path = write_zip(tmp_path / "archive.zip", TWO, zipfile.ZIP_STORED)
-    raw = bytearray(path.read_bytes())
-    raw[raw.index(b"IDAT") + 6] ^= 1
-    path.write_bytes(raw)
+    damaged = bytearray(whole)
+    damaged[damaged.index(b"IDAT") + 6] ^= 1
+    path.write_bytes(damaged)
     refused(path, "archive.zip, member 'happy/1.png'", "is damaged")
     assert list(read(path, "skip").names) == ["happy/2.png"]
 
@@ -212,16 +191,15 @@ def test_bad_parquet(tmp_path: Path) -> None:
     path = tmp_path / "train.parquet"
     path.write_bytes(b"PAR1 and nothing else")
     refused(path, "train.parquet", "no readable parquet", on_error="skip")
-    parquet.write_table(pa.table({"image": [plain()]}), path)
-    refused(path, "train.parquet", "no column 'label'", on_error="skip")
-    parquet.write_table(pa.table({"image": [plain()] * 2, "label": [1, 7]}), path)
-    refused(path, "train.parquet row 2", "unknown class '7'")
-    parquet.write_table(pa.table({"image": [{"bytes": None, "path": "x.png"}], "label": [1]}), path)
-    refused(path, "train.parquet row 1", "no picture")
-    parquet.write_table(pa.table({"image": [plain()], "label": [1], "split": ["dev"]}), path)
-    refused(path, "train.parquet row 1", "unknown Usage 'dev'")
-    parquet.write_table(pa.table({"image": [plain(), b"x"], "label": [1, 1]}), path)
-    assert len(read(tmp_path, "skip")) == 1
+    tables: list[tuple[dict[str, list[Any]], str]] = [
+        ({"image": [plain()]}, ": no column 'label'"),
+        ({"image": [plain()] * 2, "label": [1, 7]}, " row 2: unknown class '7'"),
+        ({"image": [{"bytes": None, "path": "x.png"}], "label": [1]}, " row 1: no picture"),
+        ({"image": [plain()], "label": [1], "split": ["dev"]}, " row 1: unknown Usage 'dev'"),
+    ]
+    for table, problem in tables:
+        parquet.write_table(pa.table(table), path)
+        refused(path, f"train.parquet{problem}")
 
 
 VOTES = "Usage,Image name,neutral,happiness,surprise,sadness,anger,disgust,fear,contempt,unknown,NF"

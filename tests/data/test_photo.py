@@ -10,7 +10,6 @@ from PIL import Image
 from fer_dist.data.decoding import MAX_PHOTO_BYTES, Photo, decode_photo
 from fer_dist.errors import UserError
 from fer_dist.serve.photos import PHOTO_SIDE, read_photo
-from tests.data.test_bad_input import bomb
 from tests.helpers.picture_files import encoded
 
 CORNER = np.full((40, 60, 3), 255, np.uint8)
@@ -34,6 +33,8 @@ def test_it_stands_upright(orientation: int) -> None:
     found = photo(encoded(stored, "JPEG", exif=exif, quality=95), "x.jpg")
     assert (found.width, found.height) == (60, 40)
     assert found.rgb_HW3.shape == (40, 60, 3)
+    assert found.rgb_HW3.dtype == np.uint8
+    assert found.rgb_HW3.flags.writeable
     assert np.abs(found.rgb_HW3.astype(int) - CORNER)[2:18, 2:18].max() < 12
     assert found.rgb_HW3[25:, 25:].min() > 240
 
@@ -51,8 +52,7 @@ def test_what_is_transparent_is_white() -> None:
     found = photo(encoded(rgba)).rgb_HW3
     assert [found[row, 0].tolist() for row in (0, 5)] == [[10, 20, 30], [255, 255, 255]]
     assert abs(int(found[7, 0, 0]) - 127) <= 1
-    grey = Image.fromarray(np.dstack([np.full((8, 8), 9, np.uint8), np.zeros((8, 8), np.uint8)]), "LA")
-    assert photo(encoded(grey)).rgb_HW3.min() == 255
+    assert photo(encoded(Image.new("LA", (8, 8), (9, 0)))).rgb_HW3.min() == 255
     palette = Image.new("P", (8, 8), 0)
     palette.putpalette([200, 0, 0, 0, 0, 200])
     palette.paste(1, (0, 0, 8, 4))
@@ -61,25 +61,14 @@ def test_what_is_transparent_is_white() -> None:
         assert [found[row, 0].tolist() for row in (0, 7)] == [[0, 0, 200], [255, 255, 255]]
 
 
-def test_sixteen_bits_keep_their_upper_half_and_inks_become_colours() -> None:
+def test_other_modes_become_colour_and_an_animation_its_first_picture() -> None:
     levels = np.linspace(0, 65535, 64).astype(np.uint16).reshape(8, 8)
-    assert np.array_equal(photo(encoded(levels)).rgb_HW3[..., 0], levels // 257)
+    assert np.array_equal(photo(encoded(levels)).rgb_HW3[..., 0], levels // 257), "the upper half of 16 bits"
     red = photo(encoded(Image.new("CMYK", (8, 8), (0, 255, 255, 0)), "JPEG")).rgb_HW3[0, 0]
     assert red[0] > 200
     assert red[1:].max() < 60
-
-
-@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA", "I;16", "CMYK"])
-def test_every_mode_is_colour_in_the_end(mode: str) -> None:
-    form = "JPEG" if mode == "CMYK" else "PNG"
-    found = photo(encoded(Image.new(mode, (30, 20)), form), side=10)
-    assert found.rgb_HW3.shape == (7, 10, 3)
-    assert found.rgb_HW3.dtype == np.uint8
-    assert (found.width, found.height) == (30, 20)
-    assert found.rgb_HW3.flags.writeable
-
-
-def test_of_an_animation_the_first_picture() -> None:
+    for mode in ("1", "L", "P"):
+        assert photo(encoded(Image.new(mode, (30, 20), 1))).rgb_HW3.shape == (20, 30, 3)
     frames = [Image.new("RGB", (20, 20), (level, 0, 0)) for level in (100, 200)]
     assert photo(encoded(frames[0], "GIF", save_all=True, append_images=frames[1:])).rgb_HW3[0, 0, 0] == 100
 
@@ -101,7 +90,6 @@ def test_large_and_thin_photos() -> None:
         ("x.png", b"just text\n", "no picture of the formats"),
         ("x.png", b"", "no picture of the formats"),
         ("x.png", GOOD[:90], "does not decode"),
-        ("x.png", bomb(0, 10), "no picture of the formats|does not decode"),
         ("x.jpg", GOOD, "its name says JPEG, but it holds PNG: rename it"),
         ("x.png", GOOD + bytes(MAX_PHOTO_BYTES), "more than a picture may have"),
         ("x.tif", encoded(CORNER, "TIFF"), "no picture of the formats"),
@@ -116,15 +104,15 @@ def test_what_is_refused(name: str, raw: bytes, problem: str, tmp_path: Path) ->
         read_photo(tmp_path / name)
 
 
-def test_files_that_are_none(tmp_path: Path) -> None:
+def test_only_regular_files_are_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "loop.png").symlink_to("loop.png")
-    for name, problem in {
-        "pipe.png": "no regular file",
-        "loop.png": "symbolic links",
-        "missing.png": "No such file",
-        "": "no regular file",
-    }.items():
+    for name, problem in (
+        ("pipe.png", "no regular file"),
+        ("loop.png", "symbolic links"),
+        ("missing.png", "No such file"),
+        ("", "no regular file"),
+    ):
         with pytest.raises(UserError, match=f"cannot be read: .*{problem}"):
             read_photo(tmp_path / name)
     (tmp_path / "good.png").write_bytes(GOOD)

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -63,6 +62,9 @@ def test_competition_folder_is_all_training(tmp_path: Path) -> None:
         faces = read(path)
         assert faces.usage_N.tolist() == [TRAIN] * 7
         assert any("no column Usage" in note for note in faces.notes)
+    (tmp_path / "happy").mkdir()  # next to pictures, train.csv is a list of them
+    (tmp_path / "happy" / "1.png").write_bytes(encoded(IMAGES_NHW[0]))
+    assert list(read(tmp_path).names) == ["happy/1.png"]
 
 
 def test_csv_inside_a_zip_or_folder(tmp_path: Path) -> None:
@@ -92,54 +94,40 @@ def test_the_split_of_a_picture_file(tmp_path: Path) -> None:
             # FER2013's prefixes override the folder.
             ("test/sad/PrivateTest_1.png", "test/sad/PublicTest_2.png", "test/sad/Training_3.png"): [TEST, VAL, TRAIN],
             ("test/sad/x_4.png", "train/sad/x_4.png"): [TEST, TRAIN],
+            ("happy/1.png", "sad/2.png"): [TRAIN, TRAIN],
         }.items()
     ):
-        assert read(write_folder(tmp_path / str(i), tree(names))).usage_N.tolist() == codes
-    faces = read(write_folder(tmp_path / "plain", tree(["happy/1.png", "sad/2.png"])))
-    assert faces.usage_N.tolist() == [TRAIN, TRAIN]
+        faces = read(write_folder(tmp_path / str(i), tree(names)))
+        assert faces.usage_N.tolist() == codes
     assert any("no train and test folders" in note for note in faces.notes)
 
 
-def test_a_train_csv_next_to_pictures_is_not_read(tmp_path: Path) -> None:
-    faces = read(write_folder(tmp_path, tree(["train/happy/1.png"]) | {"train.csv": b"file,label"}))
-    assert list(faces.names) == ["train/happy/1.png"]
-
-
-def test_larger_pictures_are_reduced_without_aliasing(tmp_path: Path) -> None:
+def test_pictures_of_other_sizes_are_resized_without_aliasing(tmp_path: Path) -> None:
     board_HW = (np.indices((96, 96)).sum(axis=0) % 2 * 255).astype(np.uint8)
     faces = read(write_folder(tmp_path, {"happy/1.png": encoded(board_HW)}))
     assert faces.images_NHW.shape == (1, 48, 48)
     assert np.abs(faces.images_NHW[0].astype(int) - 127).max() <= 4  # picking pixels would give 0 or 255
-
-
-def test_size_holds_for_csv_and_smaller_pictures(tmp_path: Path) -> None:
     (tmp_path / "fer2013.csv").write_text(csv_text())
     assert read(tmp_path, size=32).images_NHW.shape == (7, 32, 32)
     assert decode(encoded(IMAGES_NHW[0]), 64).shape == (64, 64)
 
 
-RAMP_HW = np.repeat(np.arange(48, dtype=np.uint8)[None] * 5, 48, axis=0)
-
-
 def test_picture_formats_and_modes_become_grey() -> None:
+    ramp_HW = np.repeat(np.arange(48, dtype=np.uint8)[None] * 5, 48, axis=0)
     for form in ("PNG", "BMP", "GIF", "JPEG", "WEBP"):
-        assert np.abs(decode(encoded(RAMP_HW, form), 48).astype(int) - RAMP_HW).max() <= 8
-    palette = encoded(Image.fromarray(RAMP_HW).convert("P"), transparency=b"\0" * 256)
-    for raw in (encoded(np.stack([RAMP_HW] * 3, axis=-1)), palette, encoded(RAMP_HW.astype(np.uint16) * 257)):
-        assert np.array_equal(decode(raw, 48), RAMP_HW)
-
-
-def hub_table(labels: list[int] | list[str], names: list[str] | None, **more: list[str]) -> pa.Table:
-    images = [{"bytes": encoded(image_HW), "path": None} for image_HW in IMAGES_NHW[: len(labels)]]
-    table = pa.table({"image": images, "label": labels} | more)
-    features = {"label": {"names": names, "_type": "ClassLabel"}}
-    return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+        assert np.abs(decode(encoded(ramp_HW, form), 48).astype(int) - ramp_HW).max() <= 8
+    palette = encoded(Image.fromarray(ramp_HW).convert("P"), transparency=b"\0" * 256)
+    for raw in (encoded(np.stack([ramp_HW] * 3, axis=-1)), palette, encoded(ramp_HW.astype(np.uint16) * 257)):
+        assert np.array_equal(decode(raw, 48), ramp_HW)
 
 
 def test_parquet_folder_of_the_hub(tmp_path: Path) -> None:
+    images = [{"bytes": encoded(image_HW), "path": None} for image_HW in IMAGES_NHW[:2]]
+    features = {"label": {"names": ["sadness", "happy"], "_type": "ClassLabel"}}
+    metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+    table = pa.table({"image": images, "label": [0, 1]}).replace_schema_metadata(metadata)
     (tmp_path / "data").mkdir()
     for split in ("train", "validation", "test"):
-        table = hub_table([0, 1], ["sadness", "happy"])
         parquet.write_table(table, tmp_path / "data" / f"{split}-00000-of-00001.parquet")
     faces = read(tmp_path)
     assert faces.usage_N.tolist() == [TEST, TEST, TRAIN, TRAIN, VAL, VAL]
@@ -148,32 +136,28 @@ def test_parquet_folder_of_the_hub(tmp_path: Path) -> None:
     assert np.array_equal(faces.images_NHW[:2], IMAGES_NHW[:2])
 
 
-def test_parquet_split_from_folder_or_prefix(tmp_path: Path) -> None:
-    (tmp_path / "test").mkdir()
-    paths = ["Training_1.png", "x.png"]
-    images = [{"bytes": encoded(IMAGES_NHW[0]), "path": path} for path in paths]
-    parquet.write_table(pa.table({"img": images, "emotion": ["sad", "sad"]}), tmp_path / "test" / "0000.parquet")
-    for path in (tmp_path, tmp_path / "test" / "0000.parquet"):
-        assert read(path).usage_N.tolist() == [TRAIN, TEST]
-
-
-def test_parquet_with_usage_text_labels_and_plain_bytes(tmp_path: Path) -> None:
-    images = [encoded(image_HW) for image_HW in IMAGES_NHW[:3]]
-    table = pa.table({"image": images, "label": ["fear", "6", "happiness"], "Usage": list(USAGE[2:5])})
-    parquet.write_table(table, tmp_path / "faces.parquet")
-    faces = read(tmp_path / "faces.parquet")
+def test_parquet_split_from_folder_prefix_or_column(tmp_path: Path) -> None:
+    path = tmp_path / "test" / "0000.parquet"
+    path.parent.mkdir()
+    images = [{"bytes": encoded(IMAGES_NHW[0]), "path": name} for name in ("Training_1.png", "x.png")]
+    parquet.write_table(pa.table({"img": images, "emotion": ["sad", "sad"]}), path)
+    for source in (tmp_path, path):
+        assert read(source).usage_N.tolist() == [TRAIN, TEST]
+    plain = [encoded(image_HW) for image_HW in IMAGES_NHW[:3]]
+    table = pa.table({"image": plain, "label": ["fear", "6", "happiness"], "Usage": list(USAGE[2:5])})
+    parquet.write_table(table, path)
+    faces = read(path)
     assert faces.labels_N.tolist() == [2, 6, 3]
     assert faces.usage_N.tolist() == [TRAIN, VAL, TEST]
-
-
-FERPLUS = "Usage,Image name,neutral,happiness,surprise,sadness,anger,disgust,fear,contempt,unknown,NF\n"
 
 
 def test_ferplus_votes_become_targets(tmp_path: Path) -> None:
     (tmp_path / "fer2013.csv").write_text(csv_text())
     votes = ["1,2,3,0,0,0,0,4,0,0", "0,0,0,0,5,0,0,0,5,0", "0,0,0,0,0,0,0,9,1,0", "0,0,0,0,0,0,0,0,0,10"]
     votes += ["0,0,0,0,0,0,1,0,0,0"] * 3
-    (tmp_path / "votes.csv").write_text(FERPLUS + "".join(f"{u},x,{v}\n" for u, v in zip(USAGE, votes, strict=True)))
+    header = "Usage,Image name,neutral,happiness,surprise,sadness,anger,disgust,fear,contempt,unknown,NF"
+    rows = [header, *(f"{usage},x,{counts}" for usage, counts in zip(USAGE, votes, strict=True))]
+    (tmp_path / "votes.csv").write_text("\n".join(rows) + "\n")
     faces = read(tmp_path / "fer2013.csv", ferplus=tmp_path / "votes.csv")
     assert faces.targets_NK is not None
     assert faces.targets_NK.dtype == np.float32
@@ -193,8 +177,7 @@ def test_held_out_part_is_stratified_seeded_and_keeps_copies_together() -> None:
     faces = made([0] * 200 + [1] * 50, [TRAIN] * 250)
     faces.images_NHW[100:150] = faces.images_NHW[:50]
     held = hold_out_validation(faces, 0.2, seed=3)
-    val = held.part(VAL)
-    counts = np.bincount(held.labels_N[val])
+    counts = np.bincount(held.labels_N[held.part(VAL)])
     assert abs(counts[0] - 40) <= 1
     assert counts[1] == 10
     assert np.array_equal(held.usage_N[:50], held.usage_N[100:150])
@@ -203,15 +186,12 @@ def test_held_out_part_is_stratified_seeded_and_keeps_copies_together() -> None:
     assert any("50 of 250" in note and "held out" in note for note in held.notes)
     assert held.images_NHW is faces.images_NHW
     assert not faces.part(VAL).size
-
-
-def test_marked_validation_is_left_alone() -> None:
-    for usage in ([TRAIN, VAL], [TEST, TEST]):
+    for usage in ([TRAIN, VAL], [TEST, TEST]):  # marked, and nothing to take from
         faces = made([0, 1], usage)
         assert hold_out_validation(faces, 0.5, seed=0) is faces
 
 
-def test_training_index_drops_blanks_of_train_only_and_copies_if_asked() -> None:
+def test_training_index_drops_blanks_of_train_only_and_copies_if_requested() -> None:
     faces = made([0] * 6, [TRAIN, TRAIN, TRAIN, VAL, TEST, VAL])
     faces.images_NHW[1] = 9
     faces.images_NHW[3] = 0
@@ -222,12 +202,9 @@ def test_training_index_drops_blanks_of_train_only_and_copies_if_asked() -> None
     index, notes = training_index(faces, drop_copies=True)
     assert index.tolist() == [0]
     assert any("1 training pictures are copies" in note for note in notes)
-
-
-def test_empty_parts_are_named() -> None:
-    faces = made([0, 0], [TRAIN, VAL])
+    faces.images_NHW[:] = 0
+    with pytest.raises(UserError, match="no training picture is left"):
+        training_index(faces, drop_copies=False)
     require_part(faces, VAL)
     with pytest.raises(UserError, match=r"the test part is empty; found train 1, val 1, test 0"):
-        require_part(faces, TEST)
-    with pytest.raises(UserError, match="no training picture is left"):
-        training_index(replace(faces, images_NHW=np.zeros((2, 4, 4), dtype=np.uint8)), drop_copies=False)
+        require_part(made([0, 0], [TRAIN, VAL]), TEST)

@@ -13,15 +13,7 @@ from fer_dist.errors import UserError
 from fer_dist.models import build, build_spec
 from fer_dist.models.base import Preprocess, unsmoothed
 from fer_dist.spec import IMAGENET_MEAN, IMAGENET_STD, InputSpec, LabelSet, ModelSpec
-from tests.helpers.tiny_models import (
-    ALL,
-    TINY,
-    check_batch_independence,
-    make_lively,
-    pictures,
-    tiny_config,
-    tiny_model,
-)
+from tests.helpers.tiny_models import ALL, TINY, check_batch_independence, make_lively, pictures, tiny_model
 
 HALF = (0.5, 0.5, 0.5)
 
@@ -42,16 +34,13 @@ def test_input_of_each_backbone(arch: str, image_size: int, mean: tuple[float, .
     assert (spec.input.size, spec.input.image_size, spec.input.mean, spec.input.std) == (48, image_size, mean, std)
 
 
-def test_full_size_networks() -> None:
+@pytest.mark.parametrize(("arch", "count"), [("vit", 85_804_039), ("vit_mae", 85_804_039), ("patt_lite", 900_199)])
+def test_full_size_networks(arch: str, count: int) -> None:
     """On the meta device: the shapes without the memory."""
-    counts = {"vit": 85_804_039, "vit_mae": 85_804_039, "patt_lite": 900_199}
-    for arch, count in counts.items():
-        with torch.device("meta"):
-            model = build(build_spec(Config().override({"model.arch": arch}).model, 48, LabelSet()))
-            logits_NK = model.eval()(torch.zeros(2, 1, 48, 48, dtype=torch.uint8))
-        assert logits_NK.shape == (2, 7)
-        assert sum(p.numel() for p in model.parameters()) == count
-    assert model.network.get_submodule("features")(torch.zeros(1, 3, 96, 96, device="meta")).shape == (1, 96, 6, 6)
+    with torch.device("meta"):
+        model = build(build_spec(Config().override({"model.arch": arch}).model, 48, LabelSet()))
+        assert model.eval()(torch.zeros(2, 1, 48, 48, dtype=torch.uint8)).shape == (2, 7)
+    assert sum(p.numel() for p in model.parameters()) == count
 
 
 @pytest.mark.parametrize("arch", ALL)
@@ -107,21 +96,16 @@ def test_preprocessing(size: int, image_size: int) -> None:
 
 
 @pytest.mark.parametrize("arch", ["vit", "vit_mae"])
-def test_attention_implementation_can_be_chosen_afterwards(arch: str) -> None:
+def test_encoders_know_the_labels_and_compute_attention_either_way(arch: str) -> None:
     model = make_lively(tiny_model(arch))
-    inner = model.network.get_submodule("model" if arch == "vit" else "encoder")
-    assert inner.config._attn_implementation == "sdpa"  # type: ignore[union-attr]
+    inner: Any = model.network.get_submodule("model" if arch == "vit" else "encoder")
+    assert inner.config.id2label == dict(enumerate(LabelSet().names))
+    assert inner.config._attn_implementation == "sdpa"
     with torch.no_grad():
         before = model(pictures(2))
         model.set_attn_implementation("eager")
-        assert inner.config._attn_implementation == "eager"  # type: ignore[union-attr]
+        assert inner.config._attn_implementation == "eager"
         torch.testing.assert_close(model(pictures(2)), before, atol=1e-5, rtol=1e-5)
-
-
-def test_vit_knows_the_labels() -> None:
-    config: Any = tiny_model("vit").network.get_submodule("model").config
-    assert config.id2label == dict(enumerate(LabelSet().names))
-    assert config.num_labels == 7
 
 
 @pytest.mark.parametrize(
@@ -152,24 +136,20 @@ def test_wrong_settings(overrides: dict[str, Any], message: str) -> None:
     assert message in str(caught.value)
 
 
-def test_options_of_timm() -> None:
+def test_options_shape_the_network() -> None:
+    options = {"width_mult": 1.0, "channels": 256, "cut": 6, "separable": 2, "patch_stride": 2, "heads": 4}
+    model = tiny_model("patt_lite", image_size=96, options=options).eval()
+    assert model.depth == 6
+    network: Any = model.network
+    assert network.patches(network.features(torch.zeros(1, 3, 96, 96))).shape == (1, 256, 6, 6)  # stride 8, then 2
     assert tiny_model("timm:vit_tiny_patch16_224", options={"depth": 3}).depth == 3
     with pytest.raises(UserError, match="timm refuses timm:resnet18 with depht=3"):
         tiny_model("timm:resnet18", options={"depht": 3})
-    for name in ("poolformer_s12", "pit_ti_224"):  # networks that do not name their blocks
-        spec = build_spec(Config().override({"model.arch": f"timm:{name}"}).model, 48, LabelSet())
-        message = rf"timm:{name} cannot be divided into blocks.*\n.*--model\.arch timm:resnet18"
-        with pytest.raises(UserError, match=message):
-            build(spec)
-
-
-def test_patt_lite_options() -> None:
-    config = tiny_config("patt_lite", image_size=96, options={"cut": 6, "separable": 2, "patch_stride": 2, "heads": 4})
-    model = build(build_spec(config.model, 48, LabelSet())).eval()
-    assert model.depth == 6
-    network = model.network
-    map_NDHW = network.get_submodule("patches")(network.get_submodule("features")(torch.zeros(1, 3, 96, 96)))
-    assert map_NDHW.shape == (1, 256, 6, 6)  # stride 8 after block 6, then 2
+    spec = build_spec(Config().override({"model.arch": "timm:poolformer_s12"}).model, 48, LabelSet())
+    with pytest.raises(
+        UserError, match=r"poolformer_s12 cannot be divided into blocks.*\n.*--model\.arch timm:resnet18"
+    ):
+        build(spec)
 
 
 @pytest.mark.parametrize("smoothing", [0.01, 0.1, 0.5])
@@ -204,20 +184,6 @@ def test_logits_do_not_depend_on_the_batch(arch: str) -> None:
     check_batch_independence(make_lively(tiny_model(arch)).double(), tolerance=1e-12)
 
 
-def test_the_check_of_independence_can_fail() -> None:
-    attending = make_lively(tiny_model("patt_lite"))
-    attention = attending.network.get_submodule("attention")
-    assert isinstance(attention, nn.MultiheadAttention)
-    attention.batch_first = False  # as in the authors' code: the pictures of a batch are the sequence
-    norming = make_lively(tiny_model("timm:mobilenetv3_small_100"))
-    norming.network.get_submodule("bn1").train()
-    constant = tiny_model("patt_lite").eval()
-    nn.init.zeros_(constant.network.get_parameter("classifier.weight"))
-    for model, message in ((attending, "logits differ by"), (norming, "logits differ by"), (constant, "blind")):
-        with pytest.raises(AssertionError, match=message):
-            check_batch_independence(model)
-
-
 @torch.no_grad()
 def test_parts_are_weights_times_norms_of_values() -> None:
     model = make_lively(tiny_model("patt_lite")).eval()
@@ -235,6 +201,7 @@ def test_parts_are_weights_times_norms_of_values() -> None:
     torch.testing.assert_close(found_NHW, expected_NHW, rtol=1e-4, atol=1e-6)
     torch.testing.assert_close(logits_NK, model(pictures(4)), rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(network._attend(patches_NPD)[0], attended_NPD, rtol=1e-4, atol=1e-5)
+    assert found_NHW.shape == (4, 3, 3), "48 pixels at stride 16"
     assert float(found_NHW.flatten(1).std(1).min()) > 1e-4
     assert model.shows_attention
     assert not tiny_model("vit").shows_attention
