@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from fer_dist.models import build_model
 from fer_dist.spec import LabelSet
 from tests.helpers.tiny_models import ALL, tiny_config
 from tune import space as space_module
-from tune.space import Axis, Space, depth_of, value_of
+from tune.space import Axis, Space, depth_of
 from tune.spacefile import FIXED, default_space, read_space, space_of
 
 EVERY_KIND: dict[str, Any] = {
@@ -23,85 +24,71 @@ EVERY_KIND: dict[str, Any] = {
     "data.augment.mixup": {"uniform": [0, 0.4]},
     "optim.plateau_patience": {"integer": [0, 4]},
     "train.global_batch": {"choice": [32, 64, 128]},
-    "optim.name": ["adam", "adamw"],
-    "model.image_size": {"choice": [None, 96]},
     "model.options.cut": [8, 10],
     "train.compile": [True, False],
 }
+LARGEST_PART = 1 - 2**-53
+"""The largest number below 1: no larger part of an axis is drawn."""
 
 
 def space(tree: Any, config: Config | None = None, workers: int = 1) -> Space:
     return space_of(tree, config or Config(), workers, "here.yaml")
 
 
-def axis(item: Any, name: str) -> Axis:
+def axis(name: str, item: Any) -> Axis:
     (made,) = space({name: item}).axes
     return made
 
 
-def test_samples_lie_in_the_range_and_reach_all_of_it() -> None:
-    made = space(EVERY_KIND)
-    samples = [made.sample(3, number) for number in range(2000)]
-    for one in made.axes:
-        drawn = [sample[one.name] for sample in samples]
-        if one.values is not None:
-            assert len(one.values) > 1
-            assert all(value in one.values for value in drawn)
-            for value in one.values:  # equally likely
-                share = sum(other == value for other in drawn) / len(drawn) * len(one.values)
-                assert 0.75 < share < 1.25, (one.name, value)
-            continue
-        assert one.low is not None
-        assert one.high is not None
-        assert all(one.low <= value <= one.high for value in drawn)
-        scale = math.log if one.kind == "log_uniform" else float
-        low, high = scale(one.low), scale(one.high)
-        for quarter in (1, 2, 3):
-            below = sum(scale(value) < low + (high - low) * quarter / 4 for value in drawn) / len(drawn)
-            assert below == pytest.approx(quarter / 4, abs=0.04), one.name
+@pytest.mark.parametrize(
+    ("item", "expected"),
+    [
+        ({"uniform": [0.1, 0.5]}, [0.1, 0.2, 0.3, 0.4, 0.5]),
+        ({"log_uniform": [1e-4, 1]}, [1e-4, 1e-3, 1e-2, 1e-1, 1]),
+        ([0.4, 0.1, 0.3, 0.2], [0.4, 0.1, 0.3, 0.2, 0.2]),
+    ],
+)
+def test_values_at_each_quarter_of_an_axis(item: Any, expected: list[float]) -> None:
+    made = axis("optim.lr", item)
+    assert [made.at(part) for part in (0, 0.25, 0.5, 0.75, LARGEST_PART)] == pytest.approx(expected)
 
 
-def test_ends_are_never_left() -> None:
-    """Also where exp(log(x)) differs from x, and for the largest part that is drawn."""
-    largest = 1 - 2**-53
+def test_ends_are_reached_and_never_left() -> None:
+    """Also where exp(log(x)) differs from x."""
     for low, high in itertools.pairwise([1e-7, 3e-5, 1e-3, 0.1, 0.3, 7.0]):
-        made = axis({"log_uniform": [low, high]}, "optim.lr")
-        assert low <= made.at(0.0) <= made.at(largest) <= high
-        assert made.at(0.0) == pytest.approx(low)
-        assert made.at(largest) == pytest.approx(high)
-    for count in (1, 2, 3, 7, 1000, 999_999):
-        assert axis({"integer": [5, 4 + count]}, "seed").at(largest) == 4 + count
-        assert axis({"integer": [5, 4 + count]}, "seed").at(0.0) == 5
+        made = axis("optim.lr", {"log_uniform": [low, high]})
+        assert low <= made.at(0.0) <= made.at(LARGEST_PART) <= high
+    for count in (1, 3, 7, 999_999):
+        made = axis("seed", {"integer": [5, 4 + count]})
+        assert [made.at(part) for part in (0.0, 0.5, LARGEST_PART)] == [5, 5 + count // 2, 4 + count]
 
 
 def test_a_sample_is_a_function_of_seed_and_number() -> None:
     """Fixed values: a resumed search, in another process, draws what the first one would have drawn."""
     made = space(EVERY_KIND)
-    forward = [made.sample(7, number) for number in range(20)]
-    assert [made.sample(7, number) for number in reversed(range(20))] == forward[::-1]
+    samples = [made.sample(7, number) for number in range(20)]
+    assert [made.sample(7, number) for number in reversed(range(20))] == samples[::-1]
     assert len({made.sample(seed, number)["optim.lr"] for seed in range(5) for number in range(20)}) == 100
-    assert forward[0] == {
-        "optim.lr": pytest.approx(0.0007617453977168089), "data.augment.mixup": pytest.approx(0.32296497468428254),
-        "optim.plateau_patience": 3, "train.global_batch": 128, "optim.name": "adamw", "model.image_size": 96,
-        "model.options.cut": 8, "train.compile": False,
-    }  # fmt: skip
-    for number, values in enumerate(forward):
-        config = Config().override(values)
-        held = {name: value_of(config, name) for name in values}
-        assert held == values, number
-        assert [type(value) for value in held.values()] == [type(value) for value in values.values()]
+    assert samples[0] == {
+        "optim.lr": pytest.approx(0.0007617453977168089),
+        "data.augment.mixup": pytest.approx(0.32296497468428254),
+        "optim.plateau_patience": 3,
+        "train.global_batch": 128,
+        "model.options.cut": 8,
+        "train.compile": False,
+    }
 
 
-def test_axes_are_independent() -> None:
+def test_axes_are_uniform_and_independent() -> None:
     """The order and the presence of other settings do not change a value, and no two are correlated."""
-    tree = {"optim.lr": {"uniform": [0.1, 1]}, "optim.weight_decay": {"uniform": [0.1, 1]}}
+    tree = {"optim.lr": {"uniform": [1, 5]}, "optim.weight_decay": {"uniform": [1, 5]}}
     made = space(tree)
-    for number in range(10):
-        both = made.sample(0, number)
-        assert space(dict(reversed(tree.items()))).sample(0, number) == both
-        assert space({"optim.lr": tree["optim.lr"]}).sample(0, number) == {"optim.lr": both["optim.lr"]}
-    drawn = [made.sample(0, number).values() for number in range(2000)]
-    assert sum((a > 0.55) == (b > 0.55) for a, b in drawn) / len(drawn) == pytest.approx(0.5, abs=0.05)
+    both = made.sample(0, 9)
+    assert space(dict(reversed(tree.items()))).sample(0, 9) == both
+    assert space({"optim.lr": tree["optim.lr"]}).sample(0, 9) == {"optim.lr": both["optim.lr"]}
+    drawn = Counter(tuple(map(int, made.sample(0, number).values())) for number in range(3200))
+    assert len(drawn) == 16
+    assert all(140 < count < 260 for count in drawn.values()), "200 expected"
 
 
 def test_a_sample_is_its_own_copy() -> None:
@@ -114,9 +101,8 @@ def test_a_sample_is_its_own_copy() -> None:
 def test_a_grid_has_each_combination_once_in_an_order_of_the_seed() -> None:
     made = space({"optim.name": ["adam", "sgd"], "train.global_batch": [32, 64, 96], "seed": {"integer": [0, 3]}})
     grid = made.grid(0)
-    wanted = [*itertools.product(["adam", "sgd"], [32, 64, 96], range(4))]
-    assert sorted(tuple(one.values()) for one in grid) == sorted(wanted)
-    assert [tuple(one.values()) for one in grid] != wanted
+    ordered = [*itertools.product(["adam", "sgd"], [32, 64, 96], range(4))]
+    assert sorted(tuple(one.values()) for one in grid) == ordered != [tuple(one.values()) for one in grid]
     assert made.grid(0) == grid != made.grid(1)
     assert list(grid[0]) == ["optim.name", "train.global_batch", "seed"]
     endless = r"optim\.lr is log_uniform: a grid would have no end\n.*optim\.lr: \[1e-05, 0\.01\]"
@@ -127,11 +113,10 @@ def test_a_grid_has_each_combination_once_in_an_order_of_the_seed() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "item", "wanted"),
+    ("name", "item", "expected"),
     [
         ("train.global_batch", [64.0, "32", "1e2"], (64, 32, 100)),
         ("optim.weight_decay", [1, "1e-5", 0], (1.0, 1e-5, 0.0)),
-        ("optim.name", ["adam"], ("adam",)),
         ("train.compile", ["true", False], (True, False)),
         ("model.image_size", [None, "96"], (None, 96)),
         ("model.options.cut", ["8", 10], (8, 10)),
@@ -140,15 +125,14 @@ def test_a_grid_has_each_combination_once_in_an_order_of_the_seed() -> None:
         ("optim.plateau_patience", {"integer": [3, 3]}, (3,)),
         ("model.options.cut", {"integer": [8.0, "9"]}, (8, 9)),
         ("optim.lr", {"log_uniform": ["1e-5", 1]}, (1e-5, 1.0)),
-        ("data.augment.mixup", {"uniform": [0, "0.4"]}, (0.0, 0.4)),
         ("model.options.attention_dropout", {"uniform": [0, 0.5]}, (0.0, 0.5)),
     ],
 )
-def test_values_are_those_that_the_config_holds(name: str, item: Any, wanted: tuple[Any, ...]) -> None:
-    made = axis(item, name)
+def test_values_are_those_that_the_config_holds(name: str, item: Any, expected: tuple[Any, ...]) -> None:
+    made = axis(name, item)
     values = made.values or (made.low, made.high)
-    assert values == wanted
-    assert [type(value) for value in values] == [type(value) for value in wanted]
+    assert values == expected
+    assert [type(value) for value in values] == [type(value) for value in expected]
 
 
 def test_true_is_not_one() -> None:
@@ -157,15 +141,7 @@ def test_true_is_not_one() -> None:
     assert [type(value) for value in made.choices] == [bool, int]
 
 
-@pytest.mark.parametrize("tree", [EVERY_KIND, {"model.options": [{"cut": 8, "width_mult": 0.5}, {}]}])
-def test_a_written_space_is_read_back(tree: dict[str, Any], tmp_path: Path) -> None:
-    made = space(tree)
-    path = tmp_path / "space.yaml"
-    path.write_text(yaml.safe_dump(made.to_dict(), sort_keys=False), encoding="utf-8")
-    assert space(made.to_dict()) == made == read_space(path, Config(), 1)
-
-
-def test_a_file_is_read(tmp_path: Path) -> None:
+def test_a_file_is_read_and_written(tmp_path: Path) -> None:
     path = tmp_path / "space.yaml"
     path.write_text(
         """
@@ -175,21 +151,22 @@ def test_a_file_is_read(tmp_path: Path) -> None:
           augment: {mixup: *small}
         train.global_batch: {choice: [32, 64, 128]}
         model: {freeze_depth: {integer: [0, null]}, options: {cut: [8, 10]}, image_size: [null, 64]}
-        """,
-        encoding="utf-8",
+        """
     )
-    assert read_space(path, Config(), 4) == Space(
-        axes=(
-            Axis(name="optim.lr", kind="log_uniform", low=1e-5, high=1e-2),
-            Axis(name="optim.name", kind="choice", choices=("adam", "adamw")),
-            Axis(name="optim.weight_decay", kind="uniform", low=0.0, high=0.1),
-            Axis(name="data.augment.mixup", kind="uniform", low=0.0, high=0.1),
-            Axis(name="train.global_batch", kind="choice", choices=(32, 64, 128)),
-            Axis(name="model.freeze_depth", kind="integer", low=0, high=8),
-            Axis(name="model.options.cut", kind="choice", choices=(8, 10)),
-            Axis(name="model.image_size", kind="choice", choices=(None, 64)),
-        )
+    made = read_space(path, Config(), 4)
+    assert made.axes == (
+        Axis(name="optim.lr", kind="log_uniform", low=1e-5, high=1e-2),
+        Axis(name="optim.name", kind="choice", choices=("adam", "adamw")),
+        Axis(name="optim.weight_decay", kind="uniform", low=0.0, high=0.1),
+        Axis(name="data.augment.mixup", kind="uniform", low=0.0, high=0.1),
+        Axis(name="train.global_batch", kind="choice", choices=(32, 64, 128)),
+        Axis(name="model.freeze_depth", kind="integer", low=0, high=8),
+        Axis(name="model.options.cut", kind="choice", choices=(8, 10)),
+        Axis(name="model.image_size", kind="choice", choices=(None, 64)),
     )
+    for written in (made, space({"model.options": [{"cut": 8, "width_mult": 0.5}, {}]})):
+        path.write_text(yaml.safe_dump(written.to_dict(), sort_keys=False))
+        assert read_space(path, Config(), 4) == written == space(written.to_dict(), workers=4)
     with pytest.raises(UserError, match=r"cannot read .*: Is a directory"):
         read_space(tmp_path, Config(), 1)
 
@@ -199,15 +176,13 @@ def test_a_file_is_read(tmp_path: Path) -> None:
     [
         ("{}", "found nothing, expected a mapping"),
         ("- optim.lr\n", "found a list, expected a mapping"),
-        ("optim.lr", "found a str"),
         ("optim.lr: [1e-3", "is not YAML"),
         ("optim.lr: !!python/name:os.system", "is not YAML"),
         ("seed: [2020-13-45]", "is not YAML"),
-        ("[" * 5000, "is not YAML"),
+        ("[" * 1500, "is not YAML"),
         (b"\xff\xfe\x00", "is not YAML"),
         ("seed: [1]\n\noptim.lr: [1]\nseed: [2]\n", "seed is there twice, in lines 1 and 4"),
-        ("optim:\n  lr: [1]\n  'lr': [2]\n", "lr is there twice, in lines 2 and 3"),
-        ("model.options: [{cut: 8, cut: 9}]", "cut is there twice"),
+        ("model.options: [{cut: 8, 'cut': 9}]", "cut is there twice"),
         ("optim.lr: [1]\noptim: {lr: [2]}", "optim.lr is there twice"),
         ("model.options: [{}]\nmodel.options.cut: [2]", "model.options and model.options.cut overlap"),
         ("model.options: [&all {cut: *all}]", "model.options: a value holds itself"),
