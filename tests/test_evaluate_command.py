@@ -166,13 +166,13 @@ def test_copies_are_left_out_once_more(folder: Path, tmp_path: Path) -> None:
 
 def test_the_training_part_from_elsewhere(folder: Path, tmp_path: Path) -> None:
     alone = data_folder(tmp_path / "alone", {"test": [("angry", 1), ("fear", 2), ("sad", 6)]})
-    words = [tmp_path / "out", folder / "best.pth", "--data", alone, "--split", "test"]
-    report, page = judged(*words)
+    out, words = tmp_path / "out", [folder / "best.pth", "--data", alone, "--split", "test"]
+    report, page = judged(out, *words)
     assert (report["accuracy_clean"], report["count_clean"]) == (None, None)
     assert any("--train-data" in note for note in report["notes"])
     assert "not known" in page.text
     parts = {"train": [("angry", 1), ("sad", 7)], "val": [("fear", 2)], "test": [("sad", 6)]}
-    report, _ = judged(*words, "--train-data", data_folder(tmp_path / "trained", parts))
+    report, _ = judged(out, *words, "--train-data", data_folder(tmp_path / "trained", parts))
     assert report["count_clean"] == 1  # test parts train nobody
 
 

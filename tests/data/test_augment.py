@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,8 +14,8 @@ from fer_dist.config import AugmentConfig
 from fer_dist.data.augment import STREAMS, Draws, augment, draw, generator, mix
 
 COUNT, SIDE = 64, 48
-EVERYTHING = {"flip": 0.5, "rotation": 20, "translation": 0.1, "scale": 0.2, "crop": 0.2, "brightness": 0.2}
-EVERYTHING |= {"contrast": 0.3, "blur": 1.5, "noise": 20, "erase": 0.5, "mixup": 0.4, "cutmix": 1.0}
+EVERYTHING: dict[str, Any] = {"flip": 0.5, "rotation": 20, "translation": 0.1, "scale": 0.2, "crop": 0.2}
+EVERYTHING |= {"brightness": 0.2, "contrast": 0.3, "blur": 1.5, "noise": 20, "erase": 0.5, "mixup": 0.4, "cutmix": 1.0}
 TABLES = ["affine_N6", "colour_N2", "erase_N5", "partner_N", "mix_N5"]
 ROWS = torch.arange(COUNT)
 
@@ -24,7 +25,7 @@ def noise(side: int = SIDE) -> Tensor:
     return torch.randint(0, 256, (COUNT, 1, side, side), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
 
 
-def draws_of(count: int = COUNT, *, seed: int = 0, epoch: int = 0, **options: float) -> Draws:
+def draws_of(count: int = COUNT, *, seed: int = 0, epoch: int = 0, **options: Any) -> Draws:
     config = AugmentConfig(**options)
     return draw(config, seed=seed, epoch=epoch, count=count, partners_M=np.arange(COUNT), mixes=True)
 
@@ -141,7 +142,7 @@ RANGES: dict[str, tuple[float, Callable[[Draws], Tensor], float, float]] = {
 @pytest.mark.parametrize("part", RANGES)
 def test_amounts_fill_their_range(part: str) -> None:
     setting, amounts, low, high = RANGES[part]
-    found = amounts(draws_of(4000, **{part: setting})).double()
+    found = amounts(draws_of(4000, **dict[str, Any]({part: setting}))).double()
     margin = 0.01 * (high - low)
     assert low - 1e-3 * margin <= found.min() < low + margin
     assert high - margin < found.max() <= high + 1e-3 * margin
@@ -225,7 +226,7 @@ def test_erased_boxes_are_rectangles_of_one_grey_level_anywhere() -> None:
 @pytest.mark.parametrize("option", ["mixup", "cutmix"])
 @pytest.mark.parametrize("alpha", [0.2, 8.0])
 def test_portions_follow_the_beta_distribution(option: str, alpha: float) -> None:
-    table = draws_of(20_000, **{option: alpha}).mix_N5
+    table = draws_of(20_000, **dict[str, Any]({option: alpha})).mix_N5
     portion = table[:, 0] if option == "mixup" else ((table[:, 3] - table[:, 1]) / 2) ** 2
     assert portion.mean().item() == pytest.approx(0.5, abs=0.02)
     assert portion.var().item() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.06)

@@ -70,6 +70,7 @@ def test_votes_notes_and_odd_names_survive(data: DataConfig, monkeypatch: pytest
     faces = cache.open_faces(data, LABELS)
     assert list(faces.names) == names
     assert faces.notes == notes
+    assert faces.targets_NK is not None
     assert np.array_equal(faces.targets_NK, votes)
 
 

@@ -17,7 +17,7 @@ from fer_dist.data.feed import Batch, TrainFeed, epoch_order, evaluation_batches
 CPU = torch.device("cpu")
 COUNT, TRAINED, SIDE = 60, 45, 16
 AUGMENTS = {"flip": 0.5, "rotation": 20, "translation": 0.1, "erase": 0.5, "mixup": 0.4, "cutmix": 1.0}
-SOME = {f"data__augment__{name}": value for name, value in AUGMENTS.items()}
+SOME: dict[str, Any] = {f"data__augment__{name}": value for name, value in AUGMENTS.items()}
 
 
 @pytest.fixture
@@ -162,6 +162,7 @@ def soft(faces: Faces) -> Faces:
 
 def test_targets_are_one_hot_or_votes_and_smoothed(faces: Faces, soft: Faces) -> None:
     one_hot_NK = np.eye(7, dtype=np.float32)[faces.labels_N]
+    assert soft.targets_NK is not None
     for given, unsmoothed_NK in ((faces, one_hot_NK), (soft, soft.targets_NK)):
         assert np.array_equal(all_targets(given), unsmoothed_NK)
         assert np.allclose(all_targets(given, smoothing=0.14), 0.86 * unsmoothed_NK + 0.14 / 7, atol=1e-6)

@@ -44,7 +44,7 @@ def test_curves(first: int, count: int, tmp_path: Path, figures: list[Figure]) -
         "accuracy": [(e, 90 if e == best else 50) for e in epochs],
         "macro-F1": [(e, 40) for e in epochs],
     }
-    assert drawn(rate) == {"head": [(e, pytest.approx(1 / e)) for e in epochs]}
+    assert drawn(rate)["head"] == [pytest.approx((e, 1 / e)) for e in epochs]
     assert accuracy.get_title() == f"validation [%]: best 90.0 in epoch {best}"
     assert all(tick == int(tick) for axes in (loss, accuracy, rate) for tick in axes.get_xticks()), "half epochs"
 

@@ -133,5 +133,5 @@ def test_a_run_starts_from_a_run(tmp_path: Path) -> None:
         first = fit(tiny("patt_lite", tmp_path, run__name="first", **short)).folder / "best.pth"
         settings = {"run__name": "second", "model__weights": str(first), "optim__lr": 1e-9, "seed": 1, **short}
         second = fit(tiny("patt_lite", tmp_path, **settings)).folder / "best.pth"
-    heads = [load(path).weights["network.classifier.weight"] for path in (first, second)]
-    assert torch.allclose(*heads, atol=1e-6)
+    before, after = (load(path).weights["network.classifier.weight"] for path in (first, second))
+    assert torch.allclose(before, after, atol=1e-6)

@@ -26,7 +26,8 @@ Floats = NDArray[np.float32]
 
 def last(graph: Graph, kind: str) -> onnx.NodeProto:
     """Return the last node of a kind: the only Resize, and the softmax of the outputs."""
-    return [node for node in graph.graph.node if node.op_type == kind][-1]
+    node: onnx.NodeProto = [node for node in graph.graph.node if node.op_type == kind][-1]
+    return node
 
 
 def set_attribute(kind: str, name: str, value: object) -> Callable[[Graph], None]:

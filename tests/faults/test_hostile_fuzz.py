@@ -54,7 +54,7 @@ def subjects() -> dict[str, Subject]:
     archive = zipped({"happy/1.png": pictures["PNG"], "sad/2.jpg": pictures["JPEG"]}, zipfile.ZIP_DEFLATED)
     return {
         "archive of torch": Subject("x.pth", new, read_tensors, NotTensors),
-        "pickle": Subject("x.pth", pickled, _resave, NotTensors, lambda raw: around(raw, **others)),
+        "pickle": Subject("x.pth", pickled, _resave, NotTensors, lambda raw: around(raw, others=others)),
         "old format": Subject("x.pth", old, read_tensors, NotTensors),
         "safetensors": Subject("x.safetensors", save(dict(flat)), read_tensors, NotTensors),
         "CSV": Subject("fer2013.csv", b"emotion,pixels,Usage\n" + row * 2, read_set, UserError),

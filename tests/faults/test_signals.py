@@ -24,7 +24,7 @@ from fer_dist.world import World
 from tests.helpers.fault_runs import FAULT, Crash, launch, unbroken
 from tests.helpers.processes import Process, start_by_hand
 from tests.helpers.small_runs import no_pictures, stateful
-from tests.test_train import TINY
+from tests.test_train import TRAIN
 
 
 def ranks(out: Path, fault: dict[str, Any], settings: dict[str, Any] | None = None) -> list[Process]:
@@ -137,8 +137,8 @@ def test_a_lost_rank_is_not_waited_for(name: str, min_s: float, max_s: float, er
 
 def test_one_process_as_a_person_starts_it(tmp_path: Path) -> None:
     """Ctrl-C in `python -m fer_dist.train`: saved, said how to go on, code 75; and what was said works."""
-    words = [*TINY, "--data.embedded_train", "1120", "--train.epochs", "2", "--run.dir", str(tmp_path / "runs")]
-    process = Process([sys.executable, "-m", "fer_dist.train", *words, "--run.progress", "plain"], cwd=tmp_path)
+    words = [*TRAIN, "--data.embedded_train", "1120", "--train.epochs", "2", "--run.dir", str(tmp_path / "runs")]
+    process = Process([sys.executable, *words, "--run.progress", "plain"], cwd=tmp_path)
     until(tmp_path, "runs/*/metrics.jsonl")
     process.send(signal.SIGINT)
     done = process.wait()
@@ -146,7 +146,7 @@ def test_one_process_as_a_person_starts_it(tmp_path: Path) -> None:
     (folder,) = (tmp_path / "runs").iterdir()
     advice = done.err.splitlines()[-1].removeprefix("  -> the same line with ").removesuffix(" goes on").split()
     assert advice == ["--run.dir", str(tmp_path / "runs"), "--run.name", folder.name, "--run.resume", "auto"]
-    again = Process([sys.executable, "-m", "fer_dist.train", *words, *advice], cwd=tmp_path).wait().ok()
+    again = Process([sys.executable, *words, *advice], cwd=tmp_path).wait().ok()
     assert f"resume: {folder}/checkpoints/step-" in again.out
     assert [path.name for path in (tmp_path / "runs").iterdir()] == [folder.name]
 

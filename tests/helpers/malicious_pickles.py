@@ -8,7 +8,7 @@ import os
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -89,11 +89,12 @@ def members(raw: bytes) -> dict[str, bytes]:
         return {info.filename: archive.read(info) for info in archive.infolist()}
 
 
-def around(pickled: bytes, name: str = "data.pkl", **others: bytes) -> bytes:
+def around(pickled: bytes, name: str = "data.pkl", others: Mapping[str, bytes] | None = None) -> bytes:
     """Return a file of torch.save with another pickle, perhaps under another name, and other members."""
     files = members(benign())
     del files["archive/data.pkl"]
-    return zipped({f"archive/{name}": pickled} | files | {f"archive/{name}": raw for name, raw in others.items()})
+    more = {f"archive/{name}": raw for name, raw in (others or {}).items()}
+    return zipped({f"archive/{name}": pickled} | files | more)
 
 
 def old_format(pickled: bytes = whole(b"}"), info: bytes = whole(b"}"), keys: bytes = whole(b"]")) -> bytes:

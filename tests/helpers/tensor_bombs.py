@@ -84,7 +84,7 @@ BOMBS: dict[str, tuple[Callable[[], bytes], str]] = {
     "protocol 4": pickled(b"\x80\x04\x95" + struct.pack("<Q", 2**62) + b"N", "protocol 4, torch reads 2"),
     "a function as a value": pickled(item(ORDERED), "weight is neither a tensor nor a plain value"),
     "behind the end": (lambda: around(whole(b"}") + whole(b"}")), "its data.pkl goes on behind its end"),
-    "TorchScript": (lambda: around(whole(b"}"), **{"constants.pkl": whole(b")")}), "none that torch.save writes"),
+    "TorchScript": (lambda: around(whole(b"}"), others={"constants.pkl": whole(b")")}), "none that torch.save writes"),
     # layout
     "old format, storage larger than the file": (lambda: OLD + struct.pack("<Q", 10**12), "expected 4,000,000,000,2"),
     "something behind the old format": (lambda: benign(legacy=True) + b"x", "bytes, expected"),

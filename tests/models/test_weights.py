@@ -44,9 +44,10 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Sources as people have them: a ViT with 1000 classes, a ViTMAE with its decoder."""
     root = tmp_path_factory.mktemp("weights")
     torch.manual_seed(3)
-    decoder = {"decoder_hidden_size": 16, "decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
-    vit = ViTForImageClassification(ViTConfig(**SIZES, num_labels=1000))
-    mae = ViTMAEForPreTraining(ViTMAEConfig(**SIZES, **decoder, decoder_intermediate_size=16))
+    decoder: dict[str, Any] = dict.fromkeys(("decoder_hidden_size", "decoder_intermediate_size"), 16)
+    decoder |= {"decoder_num_hidden_layers": 1, "decoder_num_attention_heads": 2}
+    vit = ViTForImageClassification(ViTConfig(**SIZES | {"num_labels": 1000}))
+    mae = ViTMAEForPreTraining(ViTMAEConfig(**SIZES, **decoder))
     for name, model in (("vit", vit), ("vit_mae", mae)):
         with torch.no_grad():
             for parameter in model.parameters():  # biases and norms, too

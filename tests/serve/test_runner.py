@@ -1,5 +1,6 @@
 """Checkpoints, ONNX files and engines run behind one interface; what does not run here is refused with a reason."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -183,7 +184,8 @@ def test_every_kind_of_file_runs_on_a_gpu(
 ) -> None:
     if provider == "tensorrt":
         pytest.importorskip("tensorrt", reason="needs the extra tensorrt", exc_type=ImportError)
-    path, expected_of, tolerance = exported[0].with_name(name), load(exported[0]).model(), 1e-4
+    path, tolerance = exported[0].with_name(name), 1e-4
+    expected_of: Callable[[torch.Tensor], torch.Tensor] = load(exported[0]).model()
     if name == "engine":
         path, expected_of, tolerance = request.getfixturevalue("rtx_engine"), expected_logits, 1e-3
     with open_runner(path, provider=provider) as runner:

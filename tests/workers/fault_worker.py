@@ -147,7 +147,7 @@ class Faulty:
                 self.event(f"{file.tell()} bytes written")
             return int(file.write(raw))
 
-        torch_save(content, SimpleNamespace(write=write, flush=file.flush))  # type: ignore[arg-type]
+        torch_save(content, SimpleNamespace(write=write, flush=file.flush))
 
 
 def main() -> None:

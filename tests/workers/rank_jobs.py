@@ -130,7 +130,8 @@ def faults(world: World, folder: Path) -> dict[str, str]:
         values = {"train__steps_per_epoch": 1, "run__tensorboard": True, **values}
         return message(lambda: fit(tiny("vit", folder, run__name=name, **values), world, on_epoch))
 
-    diverging = {"optim__name": "sgd", "optim__lr": 1e38, "train__steps_per_epoch": 5, "train__max_skipped": 2}
+    diverging: dict[str, Any] = {"optim__name": "sgd", "optim__lr": 1e38}
+    diverging |= {"train__steps_per_epoch": 5, "train__max_skipped": 2}
     found = {
         "global batch": trial("global batch", train__global_batch=7),
         "nan": trial("nan", **diverging),
