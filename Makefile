@@ -3,13 +3,13 @@
 #   PYTHON=python3.12    the interpreter to make .venv with (3.11 or 3.12)
 #   CONSTRAINTS=FILE     versions for pip; CONSTRAINTS= takes the newest
 #   PYTEST="-k resume"   arguments for pytest, with `make test`, `make test-all` and `make coverage`
-#   JOBS=2               processes that run tests, a file at a time; each needs 2 GB of memory
+#   JOBS=3               processes that run tests, a file at a time; each needs 2 GB of memory
 #   DATA=archive.zip     FER2013, with `make reproduce`; WEIGHTS=FILE, RECIPE=NAME, RUN=FOLDER, INTO=FOLDER as well
 
 PYTHON ?= python3
 CONSTRAINTS ?= constraints.txt
 PYTEST ?=
-JOBS ?= 2
+JOBS ?= 3
 RECIPE ?= patt_lite_best
 
 VENV := .venv
@@ -37,15 +37,15 @@ reproduce: install  ## from FER2013's archive to the model that ships: make repr
 	$(BIN)/python -m benchmarks.reproduce --data "$(DATA)" --recipe "$(RECIPE)" $(if $(WEIGHTS),--weights "$(WEIGHTS)") \
 	  $(foreach folder,$(RUN),--run "$(folder)") $(if $(wildcard docs/failures.md),--failures docs/failures.md) $(if $(INTO),--into "$(INTO)")
 
+# A test often waits for processes that it has started: more of pytest's processes than cores.
 # tests/conftest.py puts the long files first; pytest-xdist would sort them by their number of tests.
 RUN_TESTS = $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 test: install  ## run the tests that any change can break: 10 minutes on 2 cores
 	$(RUN_TESTS) -n $(JOBS)
 
-# Tests of the second tier wait for timeouts and restarts more than they compute: one process more.
 test-all: test  ## the same, and real kills, lost Ray processes, SLURM and the browser: 30 minutes
-	$(RUN_TESTS) -n $$(($(JOBS) + 1)) -m "slow and not soak"
+	$(RUN_TESTS) -n $(JOBS) -m "slow and not soak"
 
 coverage: install  ## which lines the first tier runs, subprocesses included: coverage/index.html
 	rm -rf .coverage coverage

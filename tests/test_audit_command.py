@@ -90,6 +90,7 @@ val pictures with only a near or mirrored copy in train: 21
 """
 
 
+@pytest.mark.slow
 def test_the_real_archive(real_archive: Path, tmp_path: Path, capsys: Capture) -> None:
     assert command(main, "--data", real_archive, "--out", tmp_path) == 0
     out = capsys.readouterr().out

@@ -192,6 +192,7 @@ def test_another_held_out_part_is_noted_and_nothing_is_written_without_out(
     assert "--out DIR writes the report" in printed
 
 
+@pytest.mark.slow
 def test_real_data(real_archive: Path, folder: Path, tmp_path: Path) -> None:
     report, _ = judged(tmp_path, folder / "best.pth", "--data", real_archive, "--batch", 256)
     assert (report["count"], report["count_clean"]) == (3589, 3309)

@@ -130,6 +130,7 @@ def test_wrong_arguments_are_refused(model: Path, tmp_path: Path, monkeypatch: P
             assert message in refused(capsys, main, *line.replace("MODEL", str(model)).split()), line
 
 
+@pytest.mark.slow
 def test_memory_is_flat_over_a_large_folder(model: Path, tmp_path: Path) -> None:
     """Links to one picture, so that there are many without a disk full of them; each is read and looked at."""
     Image.fromarray(scene([70], 1, width=640, height=480).rgb_HW3).save(tmp_path / "0.png")

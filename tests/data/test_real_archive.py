@@ -11,6 +11,8 @@ from fer_dist.data.faces import TEST, TRAIN, VAL
 from fer_dist.data.split import training_index
 from fer_dist.spec import LabelSet
 
+pytestmark = pytest.mark.slow
+
 
 def test_counts_blanks_copies_and_the_cache(real_archive: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = cache.open_faces(DataConfig(path=str(real_archive)), LabelSet())
