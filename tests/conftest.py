@@ -16,15 +16,14 @@ from tests.helpers.shared import SHARED
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
-    from xdist.scheduler import LoadFileScheduling
 
 ROOT = Path(__file__).resolve().parents[1]
 TIME_FACTOR = float(os.environ.get("TEST_TIME_FACTOR", "1"))
 """Multiplies the time limits below, for a slow or a busy machine."""
 LIMIT_S, SLOW_LIMIT_S = 60 * TIME_FACTOR, 300 * TIME_FACTOR
 """How long a test of the first and of the second tier may take, its fixtures excluded."""
-LONG_FILES = ("tests/slurm/", "tests/tune/test_faults.py", "tests/test_readme.py", "tests/faults/test_resume.py")
-"""They begin first, so that at the end no process of pytest-xdist waits for another that has begun one of them late."""
+LONG_FILES = ["tune/test_faults", "slurm/test_train", "slurm/test_tune", "test_readme", "faults/test_resume"]
+"""They begin first, in this order, so that at the end no process of pytest-xdist waits for one that has begun late."""
 LONG_S = 10 * TIME_FACTOR
 """A test of the first tier that takes longer is reported, and makes the session fail where the factor is set, as in CI:
 elsewhere nothing is known of the processor."""
@@ -90,27 +89,10 @@ def _present(path: Path, hint: str) -> Path:
     return path
 
 
-@pytest.hookimpl(optionalhook=True)
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> "LoadFileScheduling | None":
-    """With `--dist loadfile`, as `make test`: a file is one process's alone, and so is tests/slurm.
-
-    A file's fixtures are then made once, its tests run in their order, and of SLURM's clusters there is one at a time.
-    Marks for `--dist loadgroup` would say the same, but pytest-xdist 3.8 loses them under pytest 9.2 (its issue 1386).
-    """
-    if config.getoption("dist") != "loadfile":
-        return None
-    from xdist.scheduler import LoadFileScheduling
-
-    class Files(LoadFileScheduling):  # type: ignore[misc]  # pytest-xdist says nothing of its types
-        def _split_scope(self, nodeid: str) -> str:
-            return "tests/slurm" if nodeid.startswith("tests/slurm/") else super()._split_scope(nodeid)
-
-    return Files(config, log)
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Put the long files first, and give each test the time limit of its tier; soak tests have none."""
-    items.sort(key=lambda item: not item.nodeid.startswith(LONG_FILES))
+    order = {f"tests/{name}.py": place for place, name in enumerate(LONG_FILES)}
+    items.sort(key=lambda item: order.get(item.nodeid.partition("::")[0], len(order)))
     for item in items:
         if item.get_closest_marker("soak") is None and item.get_closest_marker("timeout") is None:
             slow = item.get_closest_marker("slow") is not None

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from tests.helpers.processes import torchrun
+from tests.helpers.shared import shared_folder
 from tests.helpers.slurm_cluster import TRAINING, Cluster, missing, no_freezer
 
 
@@ -31,8 +32,10 @@ def cluster(proctrack: str) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def unbroken(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unbroken() -> Path:
     """The run folder of two ranks on one node, without SLURM, that nothing has broken."""
-    folder = tmp_path_factory.mktemp("unbroken")
-    torchrun(2, "-m", "fer_dist.train", *TRAINING, "--run.name", "unbroken", cwd=folder).ok()
-    return folder / "runs" / "unbroken"
+
+    def train(folder: Path) -> None:
+        torchrun(2, "-m", "fer_dist.train", *TRAINING, "--run.name", "unbroken", cwd=folder).ok()
+
+    return shared_folder("unbroken-slurm", train) / "runs" / "unbroken"
