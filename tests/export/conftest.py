@@ -1,8 +1,6 @@
 """Fixtures of the tests of the export."""
 
 import shutil
-from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import pytest
@@ -10,7 +8,7 @@ import pytest
 from export import maker, trt
 from fer_dist.config import Config
 from fer_dist.serve import dataset
-from tests.helpers.exporting import DRAWN, Gate, command, exported, lively, saved
+from tests.helpers.exporting import DRAWN, command, exported, saved
 
 
 @pytest.fixture
@@ -41,9 +39,3 @@ def copy(whole: Path, tmp_path: Path) -> Path:
     for name in ("best.pth", "best.onnx", "best.onnx.json"):
         shutil.copy(whole / name, tmp_path)
     return tmp_path
-
-
-@pytest.fixture(scope="session")
-def gate_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Gate]:
-    """Return the gate of `lively(arch)`, made once for each architecture."""
-    return cache(lambda arch: Gate(lively(arch), tmp_path_factory.mktemp("gate")))

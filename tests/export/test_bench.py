@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from export import bench
-from fer_dist.errors import EXIT_USER_ERROR
 from fer_dist.serve import runner
 from fer_dist.serve.runner import Runner
 from fer_dist.spec import ModelSpec
 from tests.helpers.artifacts import SIDE, SPEC, tiny_onnx, write
+from tests.helpers.commands import Capture, Patch, refused
 from tests.helpers.exporting import command
 
 IMAGES = torch.zeros(4, 1, SIDE, SIDE, dtype=torch.uint8)
@@ -34,7 +34,7 @@ class Clock:
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+def clock(monkeypatch: Patch) -> Clock:
     found = Clock()
     monkeypatch.setattr(bench, "time", found)
     return found
@@ -58,7 +58,7 @@ class Slow(Runner):
     def _close(self) -> None: ...
 
 
-def test_latency_throughput_and_ratio(clock: Clock, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_latency_throughput_and_ratio(clock: Clock, monkeypatch: Patch) -> None:
     """A percentile is a time that was measured; a GPU has no threads of the CPU."""
     monkeypatch.setattr(bench, "_graph_ms", lambda *_: 0.5)
     runners = [Slow("slow", clock, 10), Slow("quick", clock, 2), Slow("gpu", clock, *range(100, 0, -1))]
@@ -92,7 +92,7 @@ def test_calls_that_are_timed(clock: Clock) -> None:
     assert found.calls == bench.TURNS
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(tmp_path: Path, capsys: Capture) -> None:
     """Table on stdout, everything in the JSON; two files, two batch sizes, two counts of threads."""
     paths = [write(tmp_path, tiny_onnx(), name) for name in ("a.onnx", "b.onnx")]
     words = ["--batch", "1,3", "--threads", "1,2", "--seconds", "0.02", "--warmup", "1", "--provider", "cpu"]
@@ -124,17 +124,12 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         ("--json /none/bench.json", "cannot be written"),
     ],
 )
-def test_errors_are_said_once(words: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_are_said_once(words: str, said: str, tmp_path: Path, capsys: Capture) -> None:
     path = write(tmp_path, tiny_onnx(), "a.onnx")
-    assert command(bench.main, path, *words.split()) == EXIT_USER_ERROR
-    err = capsys.readouterr().err
-    assert err.count("error:") == 1
-    assert said in err
+    assert said in refused(capsys, bench.main, path, *words.split())
 
 
-def test_pictures_of_different_sizes_are_refused(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_pictures_of_different_sizes_are_refused(capsys: Capture, monkeypatch: Patch) -> None:
     def open_one(path: Path, **_: Any) -> Runner:
         found = Slow(path.name, Clock(), 0)
         if path.name == "b":
@@ -142,5 +137,4 @@ def test_pictures_of_different_sizes_are_refused(
         return found
 
     monkeypatch.setattr(runner, "open_runner", open_one)
-    assert command(bench.main, "a", "b") == EXIT_USER_ERROR
-    assert "different sizes" in capsys.readouterr().err
+    assert "different sizes" in refused(capsys, bench.main, "a", "b")

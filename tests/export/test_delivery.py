@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -21,6 +22,7 @@ from export.precision import CannotRewriteError, Form
 from fer_dist.errors import EXIT_REJECTED, Rejected, UserError
 from fer_dist.serve.artifact import read_sidecar
 from fer_dist.serve.runner import open_runner
+from tests.helpers.commands import Capture, Patch
 from tests.helpers.exporting import command, content, exported, names, nothing_changes, sidecar_of
 from tests.helpers.onnx_graphs import constants, set_constant
 
@@ -36,7 +38,7 @@ def scaled(graph: onnx.ModelProto, factor: float) -> onnx.ModelProto:
 
 
 def test_a_rejected_graph_gets_another_name_and_the_old_one_stays(
-    copy: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    copy: Path, monkeypatch: Patch, capsys: Capture
 ) -> None:
     """No engine is built of it, and a graph that passes later removes it."""
     before = content(copy)
@@ -57,7 +59,7 @@ def test_a_rejected_graph_gets_another_name_and_the_old_one_stays(
     assert names(copy) == ["best.onnx", "best.onnx.json", "best.pth"]
 
 
-def test_of_two_forms_one_fails(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_two_forms_one_fails(copy: Path, monkeypatch: Patch) -> None:
     """The other is delivered, and the exit code says that one failed."""
 
     def to_int8(model: onnx.ModelProto, images: Any, *, form: Form, judge: Any) -> Any:
@@ -71,21 +73,8 @@ def test_of_two_forms_one_fails(copy: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert found == ["best.int8.cpu.onnx", "best.int8.onnx.rejected"]
 
 
-class Executing:
-    """A builder whose engines are said to run here."""
-
-    executes = True
-    batch = (1, 8, 64)
-
-    def build(self, raw: bytes, name: str, spec: object) -> tuple[bytes, dict[str, Any]]:
-        return b"engine", {"backend": "rtx"}
-
-    def told(self) -> str:
-        return "a stand-in"
-
-
 @pytest.mark.parametrize("good", [True, False])
-def test_an_engine_that_is_executed_is_judged_itself(good: bool, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_engine_that_is_executed_is_judged_itself(good: bool, copy: Path, monkeypatch: Patch) -> None:
     """Its own numbers stand in its report; what it is computed with here is the graph, or one that is wrong."""
     computed = copy / "computed.onnx"
     computed.write_bytes(scaled(onnx.load(copy / "best.onnx"), 1 if good else 2).SerializeToString())
@@ -98,8 +87,9 @@ def test_an_engine_that_is_executed_is_judged_itself(good: bool, copy: Path, mon
         return open_runner(path)
 
     monkeypatch.setattr(maker, "open_runner", open_instead)
+    builder: Any = SimpleNamespace(executes=True, batch=(1, 8, 64), build=lambda *_: (b"engine", {}), told=lambda: "")
     with contextlib.nullcontext() if good else pytest.raises(Rejected, match=r"best\.engine"):
-        export(Wish(path=copy / "best.onnx"), Executing())
+        export(Wish(path=copy / "best.onnx"), builder)
     (sidecar,) = opened
     assert (sidecar.kind, sidecar.batch, sidecar.parent) == ("engine", (1, 8, 64), "best.onnx"), "a runner needs it"
     engine = copy / ("best.engine" if good else "best.engine.rejected")
@@ -114,7 +104,7 @@ def test_an_engine_that_is_executed_is_judged_itself(good: bool, copy: Path, mon
 
 @pytest.mark.usefixtures("exported_before")
 @pytest.mark.parametrize("where", ["to_onnx", "compare", "deliver"])
-def test_nothing_is_left_after_an_exception(where: str, copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_left_after_an_exception(where: str, copy: Path, monkeypatch: Patch) -> None:
     def fail(*given: object, **named: object) -> None:
         assert any(path.name.startswith(".export-") for path in copy.iterdir()), "in the middle of the work"
         raise KeyboardInterrupt
@@ -124,7 +114,7 @@ def test_nothing_is_left_after_an_exception(where: str, copy: Path, monkeypatch:
         export(Wish(path=copy / "best.pth", limit=5))
 
 
-def test_sigterm_leaves_nothing(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigterm_leaves_nothing(copy: Path, monkeypatch: Patch) -> None:
     def ours(number: int, frame: object) -> None:  # or a failure would end all the tests
         raise AssertionError("the signal was not awaited")
 
@@ -141,7 +131,7 @@ def test_sigterm_leaves_nothing(copy: Path, monkeypatch: pytest.MonkeyPatch) -> 
 @pytest.mark.usefixtures("exported_before")
 @pytest.mark.parametrize("first", [True, False])
 def test_a_failure_between_the_artifact_and_its_sidecar_restores_the_folder(
-    first: bool, copy: Path, monkeypatch: pytest.MonkeyPatch
+    first: bool, copy: Path, monkeypatch: Patch
 ) -> None:
     """For a moment the artifact has its name and no sidecar; an earlier artifact comes back."""
     error = KeyboardInterrupt() if first else OSError(errno.EIO, "Input/output error")
@@ -180,9 +170,7 @@ def test_what_a_killed_export_left_goes_a_day_later(tmp_path: Path) -> None:
         (OSError(errno.ENOSPC, "No space left on device"), "fp16: no temporary file: No space left on device"),
     ],
 )
-def test_a_failing_rewriter_is_a_user_error(
-    failure: Exception, said: str, copy: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failing_rewriter_is_a_user_error(failure: Exception, said: str, copy: Path, monkeypatch: Patch) -> None:
     def fail(*_: Any) -> None:
         raise failure
 

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
+from unittest.mock import Mock
 
 import onnx
 import pytest
@@ -16,6 +17,7 @@ from fer_dist.errors import UserError
 from fer_dist.serve.artifact import INPUT, LOGITS, PROBABILITIES
 from fer_dist.spec import ModelSpec
 from tests.helpers.artifacts import SIDE, SPEC, tiny_onnx
+from tests.helpers.commands import Patch
 from tests.helpers.exporting import graph_of, lively
 from tests.helpers.onnx_graphs import half_of, int8_of
 
@@ -92,14 +94,14 @@ def test_another_network_is_refused(what: str, rtx: ModuleType) -> None:
 
 
 @pytest.fixture
-def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def gpu(monkeypatch: Patch) -> None:
     """A GPU of compute capability 8.6, as far as torch says."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "NVIDIA Test / 3000")
 
 
-def packages(monkeypatch: pytest.MonkeyPatch, *present: str) -> None:
+def packages(monkeypatch: Patch, *present: str) -> None:
     """These two stand for TensorRT, and no other can be imported."""
     capabilities = SimpleNamespace(SM75=0, SM86=1, SM89=2, SM120=3, NONE=4)
     for name in ("tensorrt", "tensorrt_rtx"):
@@ -112,7 +114,7 @@ def chosen(backend: str, *capabilities: str) -> tuple[str, tuple[str, ...], bool
     return builder.backend, builder.compute_capabilities, builder.executes
 
 
-def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_gpu(monkeypatch: Patch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     packages(monkeypatch, "tensorrt", "tensorrt_rtx")
     for backend in ("auto", "rtx"):
@@ -125,7 +127,7 @@ def test_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "'fer-dist[tensorrt-rtx]' (with or without a GPU), or 'fer-dist[tensorrt]'" in found.value.fix
 
 
-def test_with_a_gpu(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_a_gpu(gpu: None, monkeypatch: Patch) -> None:
     """The native package first; engines of the other run here if they were built for this GPU as well."""
     packages(monkeypatch, "tensorrt", "tensorrt_rtx")
     for backend in ("auto", "tensorrt"):
@@ -150,33 +152,8 @@ def test_with_a_gpu(gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:
 # -- the native way, as far as it can be followed without a GPU
 
 
-class Config:
-    """Stand in for the configuration of a TensorRT builder, and record its calls."""
-
-    def __init__(self) -> None:
-        self.calls = list[Any]()
-
-    def clear_flag(self, flag: Any) -> None:
-        self.calls.append(("clear", flag))
-
-    def create_timing_cache(self, raw: bytes) -> bytes | None:
-        return None if raw == b"damaged" else raw
-
-    def set_timing_cache(self, cache: bytes, ignore_mismatch: bool) -> bool:
-        if cache == b"of another GPU":
-            return False
-        self.calls.append(("cache", cache, ignore_mismatch))
-        return True
-
-    def get_timing_cache(self) -> Any:
-        return SimpleNamespace(serialize=lambda: b"measured")
-
-    def add_optimization_profile(self, profile: Any) -> int:
-        return 0
-
-
-def native(config: Config, strongly_typed: int) -> Any:
-    """Stand in for the package, with the calls that versions 10 and 11 have in common."""
+def native(strongly_typed: int) -> tuple[Any, Mock, Mock]:
+    """Stand in for the package, with the calls that versions 10 and 11 have in common; its builder; a configuration."""
     shapes = {INPUT: (-1, 1, SIDE, SIDE), LOGITS: (-1, 7), PROBABILITIES: (-1, 7)}
     tensors = [
         SimpleNamespace(name=name, dtype="uint8" if name == INPUT else "float", shape=shape)
@@ -185,13 +162,18 @@ def native(config: Config, strongly_typed: int) -> Any:
     network = SimpleNamespace(
         num_inputs=1, num_outputs=2, num_layers=9, get_input=lambda i: tensors[i], get_output=lambda i: tensors[i + 1]
     )
-    builder = SimpleNamespace(
-        create_network=lambda flags: config.calls.append(flags) or network,  # type: ignore[func-returns-value]
-        create_builder_config=lambda: config,
-        create_optimization_profile=lambda: SimpleNamespace(set_shape=lambda *shapes: config.calls.append(shapes)),
-        build_serialized_network=lambda network, config: memoryview(b"engine"),
-    )
-    return SimpleNamespace(
+    caches = ("create_timing_cache", "set_timing_cache", "get_timing_cache")
+    config = Mock(spec=["clear_flag", "add_optimization_profile", *caches])
+    config.add_optimization_profile.return_value = 0
+    config.create_timing_cache = lambda raw: None if raw == b"damaged" else raw
+    config.set_timing_cache.side_effect = lambda cache, ignore_mismatch: cache != b"of another GPU"
+    config.get_timing_cache.return_value.serialize.return_value = b"measured"
+    calls = ("create_network", "create_builder_config", "create_optimization_profile", "build_serialized_network")
+    builder = Mock(spec=calls)
+    builder.create_network.return_value = network
+    builder.create_builder_config.return_value = config
+    builder.build_serialized_network.return_value = b"engine"
+    trt = SimpleNamespace(
         __version__="10.9",
         ILogger=type("ILogger", (), {"Severity": SimpleNamespace(ERROR=1, INTERNAL_ERROR=2)}),
         Builder=lambda log: builder,
@@ -200,39 +182,28 @@ def native(config: Config, strongly_typed: int) -> Any:
         BuilderFlag=SimpleNamespace(TF32="tf32"),
         DataType=SimpleNamespace(UINT8="uint8", FLOAT="float"),
     )
-
-
-def build_natively(config: Config, strongly_typed: int = 0) -> tuple[bytes, dict[str, Any]]:
-    trt = native(config, strongly_typed)
-    builder = EngineBuilder(backend="tensorrt", trt=trt, batch=BATCH, compute_capabilities=("8.6",), executes=True)
-    return builder.build(b"graph", "best.onnx", SPEC)
+    return trt, builder, config
 
 
 @pytest.mark.parametrize(("flag", "kept"), [(1, None), (0, b"measured"), (0, b"damaged"), (0, b"of another GPU")])
-def test_a_native_build(
-    flag: int, kept: bytes | None, gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_native_build(flag: int, kept: bytes | None, gpu: None, tmp_path: Path, monkeypatch: Patch) -> None:
     """Strongly typed (flag 1 in TensorRT 10, 0 in 11), no TF32, one profile; a timing cache that fits is used."""
     monkeypatch.setenv("FER_DIST_CACHE", str(tmp_path))
     path = tmp_path / "tensorrt" / "10.9-NVIDIA-Test-3000.timing"
     if kept:
         path.parent.mkdir()
         path.write_bytes(kept)
-    config = Config()
-    raw, built = build_natively(config, flag)
+    trt, parts, config = native(flag)
+    builder = EngineBuilder(backend="tensorrt", trt=trt, batch=BATCH, compute_capabilities=("8.6",), executes=True)
+    raw, built = builder.build(b"graph", "best.onnx", SPEC)
     assert raw == b"engine"
-    profile = (INPUT, *((size, 1, SIDE, SIDE) for size in BATCH))
-    cache = ("cache", kept if kept == b"measured" else b"", False)
-    assert config.calls == [1 << flag, ("clear", "tf32"), profile, cache]
+    parts.create_network.assert_called_once_with(1 << flag)
+    config.clear_flag.assert_called_once_with("tf32")
+    profile = config.add_optimization_profile.call_args.args[0]
+    profile.set_shape.assert_called_once_with(INPUT, *((size, 1, SIDE, SIDE) for size in BATCH))
+    config.set_timing_cache.assert_called_with(kept if kept == b"measured" else b"", ignore_mismatch=False)
     assert path.read_bytes() == b"measured"
     about = {"tensorrt": "10.9", "compute_capabilities": ["8.6"], "layers": 9, "gpu": "NVIDIA Test / 3000"}
     assert built == {"backend": "tensorrt", **about}
-
-
-def test_a_timing_cache_that_cannot_be_written_is_left_out(
-    gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The engine is built; only the next build takes longer."""
-    (tmp_path / "file").touch()
-    monkeypatch.setenv("FER_DIST_CACHE", str(tmp_path / "file"))
-    assert build_natively(Config())[0] == b"engine"
+    monkeypatch.setenv("FER_DIST_CACHE", str(path))  # a cache that cannot be written only makes the next build longer
+    assert builder.build(b"graph", "best.onnx", SPEC)[0] == b"engine"

@@ -14,7 +14,7 @@ from export.gate import compare, tolerance_of
 from fer_dist.serve.artifact import Precision, read_sidecar
 from fer_dist.serve.ortsession import PROVIDERS
 from fer_dist.serve.runner import open_runner
-from tests.helpers.exporting import Gate, command, lively, saved
+from tests.helpers.exporting import command, saved, truth_of
 from tests.helpers.tiny_models import pictures
 
 pytestmark = pytest.mark.gpu
@@ -66,12 +66,12 @@ def test_providers_of_onnx_runtime(provider: str, arch: str, precision: Precisio
         require("tensorrt")
     assert command(onnx_command.main, saved(tmp_path, arch), "--precision", precision, *LOOSE[precision]) == 0
     artifact = tmp_path / f"best{'' if precision == 'fp32' else f'.{precision}'}.onnx"
-    gate = Gate(lively(arch), tmp_path)
     with open_runner(artifact, provider=provider) as runner:
         assert runner.runs_on == PROVIDERS[provider]
-        found = ask(runner, gate.pictures)
+        reference, faces = truth_of(arch)
+        found = ask(runner, faces)
     bounds = tolerance_of(precision, "".join(LOOSE[precision][1:]))
-    report = compare(gate.reference, found, gate.pictures, bounds, names=("torch", provider))
+    report = compare(reference, found, faces, bounds, names=("torch", provider))
     assert report.passed, report.reasons
 
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import onnx
@@ -14,7 +13,7 @@ from export.graph import OPSET, Exported, check, trace
 from fer_dist.errors import UserError
 from fer_dist.serve.artifact import ATTENTION, INPUT, LOGITS, PROBABILITIES
 from fer_dist.serve.runner import open_runner
-from tests.helpers.exporting import SHA256, Gate, copied, graph_of, lively
+from tests.helpers.exporting import SHA256, copied, graph_of, judge, lively
 from tests.helpers.onnx_graphs import ARCHS
 from tests.helpers.tiny_models import pictures
 
@@ -47,8 +46,8 @@ def test_inputs_outputs_and_metadata_are_the_contract(arch: str) -> None:
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_any_batch_gets_the_outputs_of_the_model(arch: str, gate_of: Callable[[str], Gate]) -> None:
-    report = gate_of(arch).judge(graph_of(arch))
+def test_any_batch_gets_the_outputs_of_the_model(arch: str) -> None:
+    report = judge(arch, graph_of(arch))
     assert report.passed, report.reasons
     assert set(report.by_batch) >= {1, 2, 3, 7, 64}
 

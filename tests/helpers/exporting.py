@@ -3,6 +3,7 @@
 import contextlib
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -122,26 +123,27 @@ class Live(Runner):
     def _close(self) -> None: ...
 
 
-class Gate:
-    """Compare models and graphs with a reference model over 140 drawn faces, as `Maker._judge` does."""
+@cache
+def truth_of(arch: str) -> tuple[Answers, Pictures]:
+    """Return the outputs of `lively(arch)` for 140 drawn faces, and the faces."""
+    model = lively(arch)
+    pictures = drawn(model)
+    return ask(Live(model), pictures), pictures
 
-    def __init__(self, model: FaceModel, folder: Path) -> None:
-        self.model, self.folder, self.pictures = model, folder, drawn(model)
-        self.reference: Answers = ask(Live(model), self.pictures)
 
-    def judge(self, candidate: onnx.ModelProto | FaceModel) -> ParityReport:
-        """Return the report on a float32 graph or a model in memory."""
-        if isinstance(candidate, FaceModel):
-            return self._judge(Live(candidate))
-        path = self.folder / "judged.onnx"
-        path.write_bytes(candidate.SerializeToString())
-        with open_runner(path, provider="cpu") as runner:
-            return self._judge(runner)
-
-    def _judge(self, runner: Runner) -> ParityReport:
-        found = ask(runner, self.pictures)
-        report = compare(self.reference, found, self.pictures, tolerance_of("fp32"), names=("a", "b"))
-        return require_same_model(report, runner, self.model.spec, SHA256)
+def judge(arch: str, candidate: onnx.ModelProto | FaceModel) -> ParityReport:
+    """Compare a float32 graph or a model in memory with `lively(arch)`, as `Maker._judge` does."""
+    reference, pictures = truth_of(arch)
+    if isinstance(candidate, FaceModel):
+        runner: Runner = Live(candidate)
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "judged.onnx"
+            path.write_bytes(candidate.SerializeToString())
+            runner = open_runner(path, provider="cpu")
+    with runner:
+        report = compare(reference, ask(runner, pictures), pictures, tolerance_of("fp32"), names=("a", "b"))
+    return require_same_model(report, runner, lively(arch).spec, SHA256)
 
 
 def command(main: Callable[[], None], *argv: object) -> int:
