@@ -95,7 +95,7 @@ fi
   --node-manager-port=$((base + 1)) --object-manager-port=$((base + 2)) --runtime-env-agent-port=$((base + 3)) \
   --dashboard-agent-listen-port=$((base + 4)) --dashboard-agent-grpc-port=$((base + 5)) \
   --metrics-export-port=$((base + 6)) --min-worker-port=$((base + 10)) --max-worker-port=$((base + 199)) \
-  $([ "$SLURM_NODEID" != 0 ] || echo --ray-client-server-port=$((base + 7))) >"$FER_RAY_TEMP.$SLURM_NODEID.log" 2>&1 &
+  $([ "$SLURM_NODEID" != 0 ] || echo --ray-client-server-port=0) >"$FER_RAY_TEMP.$SLURM_NODEID.log" 2>&1 &
 ray=$!
 [ -z "$ended" ] || kill -s TERM $ray
 status=0
