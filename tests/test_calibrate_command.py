@@ -63,12 +63,15 @@ def test_it_is_as_sure_as_it_is_right(folder: Path, calibrated: Path, tmp_path: 
     assert max(warm["ece"], entry["ece_cross_fitted"]) < cold["ece"] - 0.05
 
 
-def test_a_second_time_gives_the_same_in_all(folder: Path, calibrated: Path, tmp_path: Path, capsys: Capture) -> None:
-    """A checkpoint whose temperature is wrong gets the one that it would get without."""
+def test_a_second_time_gives_the_same(folder: Path, calibrated: Path, tmp_path: Path, capsys: Capture) -> None:
+    """A wrong temperature is replaced, whatever the seed of the folds; the default name is next to the input."""
     wanted, wrong = load(calibrated).spec.temperature, load(folder / "best.pth")
-    save(tmp_path / "wrong.pth", replace(wrong, spec=replace(wrong.spec, temperature=0.4)))
-    assert command(main, tmp_path / "wrong.pth", "--out", tmp_path / "again.pth") == 0
-    assert load(tmp_path / "again.pth").spec.temperature == pytest.approx(wanted, rel=1e-4)
+    write_safetensors(tmp_path / "wrong.safetensors", replace(wrong, spec=replace(wrong.spec, temperature=0.4)))
+    assert command(main, tmp_path / "wrong.safetensors", "--seed", 3, "--batch", 50) == 0
+    assert sorted(content(tmp_path)) == ["wrong.calibrated.pth", "wrong.safetensors"]
+    again = load(tmp_path / "wrong.calibrated.pth")
+    assert again.spec.temperature == pytest.approx(wanted, rel=1e-4)
+    assert again.provenance["calibration"]["seed"] == 3
     assert f"temperature         {wanted:.4f}, in place of 0.4000\n" in capsys.readouterr().out
 
 
@@ -100,14 +103,6 @@ def test_invalid_settings_smooth_nothing() -> None:
         assert _smoothing({"train": {"label_smoothing": value}}) == _smoothing({"train": value}) == 0
 
 
-def test_the_default_name(folder: Path, tmp_path: Path) -> None:
-    """Safetensors come in; best.calibrated.pth goes out, next to it."""
-    write_safetensors(tmp_path / "best.safetensors", load(folder / "best.pth"))
-    assert command(main, tmp_path / "best.safetensors", "--seed", 3, "--batch", 50) == 0
-    assert sorted(content(tmp_path)) == ["best.calibrated.pth", "best.safetensors"]
-    assert load(tmp_path / "best.calibrated.pth").provenance["calibration"]["seed"] == 3
-
-
 def test_bad_arguments_are_refused(folder: Path, tmp_path: Path, capsys: Capture) -> None:
     best, there = folder / "best.pth", tmp_path / "there.pth"
     there.write_text("mine")
@@ -120,7 +115,6 @@ def test_bad_arguments_are_refused(folder: Path, tmp_path: Path, capsys: Capture
     for words, message in (
         ([], "required: PATH"),
         ([best, "--out", there], "exists, and is not replaced"),
-        ([best, "--out", best], "exists, and is not replaced"),
         ([best, "--data", tmp_path / "nothing.csv"], "does not exist"),
         ([best, "--split", "train"], "--split"),
         ([best, "--out", tmp_path / "x.onnx"], "does not end in .pth"),

@@ -26,6 +26,7 @@ def test_a_recipe_by_name() -> None:
     assert parsed() == load_config("demo")
     for words in (["--config", "vit"], ["--config=vit"], ["--config", "demo", "--config", "vit"]):
         assert parsed(*words) == load_config("vit")
+    assert parsed("--optim.lr", "0.5", "--config", "vit").optim.lr == 0.5, "settings come after the recipe"
 
 
 def test_settings(tmp_path: Path) -> None:

@@ -193,9 +193,3 @@ def test_an_unknown_recipe_shows_the_known() -> None:
         assert f"no recipe and no readable file is called {name!r}" in caught.value.problem
         assert ", ".join(recipes()) in caught.value.fix
         assert ("did you mean 'demo'?" in caught.value.fix) == (name == "demoo")
-
-
-def test_overrides_come_after_the_recipe() -> None:
-    assert load_config("vit", {"optim.lr": "0.5"}).optim.lr == 0.5
-    with pytest.raises(UserError, match=r"^unknown setting 'x'"):  # the command line's, not the file's
-        load_config("vit", {"x": 1})

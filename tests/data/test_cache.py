@@ -64,12 +64,10 @@ def test_second_opening_decodes_nothing(data: DataConfig, decoded: list[int]) ->
 def test_votes_notes_and_odd_names_survive(data: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     votes = np.full((2, 7), 1 / 7, dtype=np.float32)
     names = ["caf\udce9.png", "b\r\x85.png"]  # a byte that was no UTF-8; signs that splitlines would split at
-    notes = ("one", "two")
-    made = faces_of(np.zeros((2, 48, 48), np.uint8), [1, 2], [0, 1], names=names, targets_NK=votes, notes=notes)
+    made = faces_of(np.zeros((2, 48, 48), np.uint8), [1, 2], [0, 1], names=names, targets_NK=votes, notes=("a", "b"))
     monkeypatch.setattr(cache, "read_faces", lambda *_, **__: made)
     faces = cache.open_faces(data, LABELS)
-    assert list(faces.names) == names
-    assert faces.notes == notes
+    assert (list(faces.names), faces.notes) == (names, ("a", "b"))
     assert faces.targets_NK is not None
     assert np.array_equal(faces.targets_NK, votes)
 
@@ -214,12 +212,14 @@ def test_a_missing_source_is_named(data: DataConfig) -> None:
 
 
 def test_where_the_cache_lies(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("FER_DIST_CACHE", "/of/variable")
-    monkeypatch.setenv("XDG_CACHE_HOME", "/of/xdg")
-    monkeypatch.setenv("HOME", "/of/home")
+    """A later row goes before an earlier one, and the setting before all."""
+    for variable in ("XDG_CACHE_HOME", "FER_DIST_CACHE"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value, expected in (
+        ("HOME", "/of/home", "/of/home/.cache/fer_dist"),
+        ("XDG_CACHE_HOME", "/of/xdg", "/of/xdg/fer_dist"),
+        ("FER_DIST_CACHE", "/of/variable", "/of/variable"),
+    ):
+        monkeypatch.setenv(variable, value)
+        assert cache.cache_dir(DataConfig()) == Path(expected)
     assert cache.cache_dir(DataConfig(cache_dir="~/mine")) == Path("/of/home/mine")
-    assert cache.cache_dir(DataConfig()) == Path("/of/variable")
-    monkeypatch.delenv("FER_DIST_CACHE")
-    assert cache.cache_dir(DataConfig()) == Path("/of/xdg/fer_dist")
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    assert cache.cache_dir(DataConfig()) == Path("/of/home/.cache/fer_dist")

@@ -53,19 +53,14 @@ def test_two_jobs_share_a_node(faked: Cluster) -> None:
     assert sorted(job.done().strip() for job in jobs) == ["GPUs 0", "GPUs 1"]
 
 
-def test_none_where_there_are_some(faked: Cluster) -> None:
-    """The header's line is taken back by a zero, not by --gres=none."""
+def test_a_job_without_gpus(faked: Cluster, cluster: Cluster) -> None:
+    """The header's line is taken back by a zero, not by --gres=none, also where SLURM knows of no GPUs at all."""
     size = ("--test-only", "--cpus-per-task=2", "slurm/train.sh")
     assert "not available" in faked.run("sbatch", "--gres=none", "--gpus-per-node=5", *size, check=False)
-    assert "to start at" in faked.run("sbatch", "--gpus-per-node=0", *size)
-
-
-def test_none_where_there_are_none(cluster: Cluster) -> None:
-    """The same where SLURM knows of no GPUs at all."""
-    size = ("--test-only", "--cpus-per-task=2", "slurm/train.sh")
     for words in ((), ("--gres=none",)):
         assert "Invalid generic resource" in cluster.run("sbatch", *words, *size, check=False)
-    assert "to start at" in cluster.run("sbatch", "--gpus-per-node=0", *size)
+    for either in (faked, cluster):
+        assert "to start at" in either.run("sbatch", "--gpus-per-node=0", *size)
 
 
 def test_array_of_exports(cluster: Cluster, unbroken: Path) -> None:

@@ -226,16 +226,13 @@ def test_within_salloc(cluster: Cluster) -> None:
     assert "best validation accuracy" in printed
 
 
-@pytest.mark.parametrize("script", ["train", "tune", "export"])
-def test_outside_of_a_job(script: str) -> None:
-    done = subprocess.run(["bash", f"slurm/{script}.sh"], cwd=ROOT, capture_output=True, text=True, check=False)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert "this is not a job of SLURM" in done.stderr
-
-
-def test_a_cap_that_is_no_number() -> None:
-    environment = {**os.environ, "SLURM_JOB_ID": "1", "FER_MAX_REQUEUES": "many"}
-    words = ["bash", "slurm/train.sh"]
-    done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert "FER_MAX_REQUEUES is 'many', expected a number" in done.stderr
+def test_refusals_outside_of_a_job() -> None:
+    for script, job, message in (
+        *((script, "", "this is not a job of SLURM") for script in ("train", "tune", "export")),
+        ("train", "1", "FER_MAX_REQUEUES is 'many', expected a number"),
+    ):
+        environment = {**os.environ, "SLURM_JOB_ID": job, "FER_MAX_REQUEUES": "many"}
+        words = ["bash", f"slurm/{script}.sh"]
+        done = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert message in done.stderr
