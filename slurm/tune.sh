@@ -89,18 +89,23 @@ if [ "$SLURM_NODEID" != 0 ]; then
   for ((i = 0; i < 600; i++)); do (exec 3<>"/dev/tcp/$FER_ADDRESS/$FER_PORT") 2>/dev/null && break; sleep 0.2; done
 fi
 [ -n "$base" ] || { echo "error: no 200 free ports between 10000 and 28000 on $(hostname)" >&2; exit 2; }
+link=$FER_RAY_TEMP.$SLURM_NODEID.env # Ray writes the path of Python into a shell command, without quotes
+environment=$("$@" -c "import sys; print(sys.prefix)")
+case $environment in
+  *[[:space:]]*) ln -sfn "$environment" "$link" && set -- "${@:1:$#-1}" "$link/bin/python" ;;
+esac
 "$@" -m ray.scripts.scripts start --block --disable-usage-stats --log-color=false "${where[@]}" \
   --temp-dir="$FER_RAY_TEMP" --num-cpus="${SLURM_CPUS_PER_TASK:-${SLURM_CPUS_ON_NODE:-1}}" \
   --num-gpus="${SLURM_GPUS_ON_NODE:-0}" --object-store-memory=134217728 \
   --node-manager-port=$((base + 1)) --object-manager-port=$((base + 2)) --runtime-env-agent-port=$((base + 3)) \
   --dashboard-agent-listen-port=$((base + 4)) --dashboard-agent-grpc-port=$((base + 5)) \
   --metrics-export-port=$((base + 6)) --min-worker-port=$((base + 10)) --max-worker-port=$((base + 199)) \
-  $([ "$SLURM_NODEID" != 0 ] || echo --ray-client-server-port=0) >"$FER_RAY_TEMP.$SLURM_NODEID.log" 2>&1 &
+  $([ "$SLURM_NODEID" != 0 ] || echo --ray-client-server-port=$((base + 7))) >"$FER_RAY_TEMP.$SLURM_NODEID.log" 2>&1 &
 ray=$!
 [ -z "$ended" ] || kill -s TERM $ray
 status=0
 while kill -0 $ray 2>/dev/null; do wait $ray; status=$?; done
-if [ -n "$ended" ]; then rm -rf "$FER_RAY_TEMP" "$FER_RAY_TEMP.$SLURM_NODEID.log"; exit 0; fi
+if [ -n "$ended" ]; then rm -rf "$FER_RAY_TEMP" "$FER_RAY_TEMP.$SLURM_NODEID.log" "$link"; exit 0; fi
 tail -n 20 "$FER_RAY_TEMP.$SLURM_NODEID.log" >&2
 exit $status'
 
