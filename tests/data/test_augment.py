@@ -129,7 +129,7 @@ def test_the_affine_matrix_rotates_moves_and_zooms() -> None:
     assert (out[0, 0, :, 1:] - (torch.arange(SIDE) / 2 - 0.25)[1:]).abs().max() <= 1e-3
 
 
-RANGES: dict[str, tuple[float, Callable[[Draws], Tensor], float, float]] = {
+RANGES: dict[str, tuple[Any, Callable[[Draws], Tensor], float, float]] = {
     "rotation": (20, lambda d: torch.rad2deg(torch.atan2(d.affine_N6[:, 3], d.affine_N6[:, 0])), -20, 20),
     "translation": (0.1, lambda d: d.affine_N6[:, [2, 5]] / 2, -0.1, 0.1),  # fraction of the side
     "scale": (0.2, lambda d: 1 / d.affine_N6[:, 0], 0.8, 1.2),  # of what is shown, over its own size
@@ -142,7 +142,7 @@ RANGES: dict[str, tuple[float, Callable[[Draws], Tensor], float, float]] = {
 @pytest.mark.parametrize("part", RANGES)
 def test_amounts_fill_their_range(part: str) -> None:
     setting, amounts, low, high = RANGES[part]
-    found = amounts(draws_of(4000, **dict[str, Any]({part: setting}))).double()
+    found = amounts(draws_of(4000, **{part: setting})).double()
     margin = 0.01 * (high - low)
     assert low - 1e-3 * margin <= found.min() < low + margin
     assert high - margin < found.max() <= high + 1e-3 * margin
@@ -225,8 +225,8 @@ def test_erased_boxes_are_rectangles_of_one_grey_level_anywhere() -> None:
 
 @pytest.mark.parametrize("option", ["mixup", "cutmix"])
 @pytest.mark.parametrize("alpha", [0.2, 8.0])
-def test_portions_follow_the_beta_distribution(option: str, alpha: float) -> None:
-    table = draws_of(20_000, **dict[str, Any]({option: alpha})).mix_N5
+def test_portions_follow_the_beta_distribution(option: str, alpha: Any) -> None:
+    table = draws_of(20_000, **{option: alpha}).mix_N5
     portion = table[:, 0] if option == "mixup" else ((table[:, 3] - table[:, 1]) / 2) ** 2
     assert portion.mean().item() == pytest.approx(0.5, abs=0.02)
     assert portion.var().item() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.06)
