@@ -116,9 +116,9 @@ def test_a_changed_setting_is_told_and_takes_effect(tmp_path: Path, capsys: pyte
     changed = {"optim.lr": 2e-4, "optim.weight_decay": 0.5, "train.epochs": 4}
     with no_pictures():
         result = fit(config.override(changed))
-    told = capsys.readouterr().out
+    printed = capsys.readouterr().out
     changes = "optim.lr 0.001 -> 0.0002; optim.weight_decay 0.05 -> 0.5; train.epochs 3 -> 4"
-    assert f"settings have changed: {changes}" in told
+    assert f"settings have changed: {changes}" in printed
     assert [record["lr"] for record in result.records] == [1e-3, 2e-4, 2e-4, 2e-4]
     groups = load(result.folder / "last.pth").resume["optimizer"]["param_groups"]
     assert {group["lr"] for group in groups} == {2e-4}

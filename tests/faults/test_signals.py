@@ -120,7 +120,7 @@ def test_one_rank_within_an_evaluation(rank: int, tmp_path: Path) -> None:
     ],
 )
 def test_a_lost_rank_is_not_waited_for(name: str, min_s: float, max_s: float, error: str, tmp_path: Path) -> None:
-    """Rank 0 is told to stop and leaves without a save. With NCCL a death is silence, too, as after SIGSTOP."""
+    """Rank 0 gets the signal and leaves without a save. With NCCL a death is silence, too, as after SIGSTOP."""
     started = ranks(tmp_path, {"rank": 1, "signal": name, "step": 9, "after_s": 0})
     until(tmp_path, "fault.jsonl")
     started[0].send(signal.SIGTERM)

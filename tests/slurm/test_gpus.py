@@ -54,7 +54,7 @@ def test_two_jobs_share_a_node(faked: Cluster) -> None:
 
 
 def test_a_job_without_gpus(faked: Cluster, cluster: Cluster) -> None:
-    """The header's line is taken back by a zero, not by --gres=none, also where SLURM knows of no GPUs at all."""
+    """A zero replaces the header's line, --gres=none does not, also where SLURM knows of no GPUs at all."""
     size = ("--test-only", "--cpus-per-task=2", "slurm/train.sh")
     assert "not available" in faked.run("sbatch", "--gres=none", "--gpus-per-node=5", *size, check=False)
     for words in ((), ("--gres=none",)):

@@ -17,7 +17,7 @@ SEARCH = (
     "--model.image_size", "32", "--model.options.width_mult", "0.25", "--run.tensorboard", "false",
     "--searcher", "random", "--scheduler", "none",
 )  # fmt: skip
-STRANGER = 'import sys, ray; ray.init(sys.argv[1], logging_level="ERROR"); print("let in")'
+OUTSIDER = 'import sys, ray; ray.init(sys.argv[1], logging_level="ERROR"); print("let in")'
 
 
 def listening(cluster: Cluster, node: str) -> set[tuple[str, int]]:
@@ -45,7 +45,7 @@ def test_two_nodes(cluster: Cluster) -> None:
         assert {port for _, port in listening(cluster, node)} <= set(range(base, base + 200)), "of this job alone"
     # Ray repeats its request for minutes, and is ended here.
     python = shlex.quote(sys.executable)
-    command = f"RAY_AUTH_MODE=disabled timeout -s KILL 15 {python} -c '{STRANGER}' {address[1]} 2>&1; true"
+    command = f"RAY_AUTH_MODE=disabled timeout -s KILL 15 {python} -c '{OUTSIDER}' {address[1]} 2>&1; true"
     assert "let in" not in cluster.on("node2", "sh", "-c", command), "without the token of the job"
     log = job.done()
     assert "2 trials, 2 at once" in log, "a core on each node"
