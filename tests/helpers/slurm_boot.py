@@ -14,7 +14,9 @@ from pathlib import Path
 NODES = ("node1", "node2")
 CPUS = 4
 """That a node says it has."""
-BOOT_S = 30 * float(os.environ.get("TEST_TIME_FACTOR", "1"))
+TIME_FACTOR = float(os.environ.get("TEST_TIME_FACTOR", "1"))
+BOOT_S, KILL_WAIT_S = 30 * TIME_FACTOR, 20 * TIME_FACTOR
+"""How long the daemons may take to start, and the processes of a job to end before SLURM kills them."""
 
 
 class Boot:
@@ -85,6 +87,7 @@ class Boot:
             "FIRST": str(random.randrange(1000, 60_000_000)),
             "PROCTRACK": self.proctrack,
             "GRES": "GresTypes=gpu" if self.gpus else "",
+            "KILL_WAIT": str(round(KILL_WAIT_S)),
             "NODES": "\n".join(nodes),
         }
         for name, value in values.items():

@@ -135,7 +135,7 @@ class Cluster:
                 with contextlib.suppress(OSError):  # of another cluster, which lives
                     folder.rmdir()
         for left in (path for job in self._jobs for path in Path("/tmp").glob(f"fer_ray_{job}.*")):
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+            shutil.rmtree(left) if left.is_dir() and not left.is_symlink() else left.unlink()
         if "FER_SLURM_KEEP" not in os.environ:
             shutil.rmtree(self.folder, ignore_errors=True)
 
