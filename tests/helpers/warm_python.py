@@ -24,10 +24,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-ADDRESS = "TEST_WARM_PYTHON"
-"""Environment variable: the path of the server's socket."""
-MARK = "TEST_MARK"
-"""Environment variable: the name of the process in `/proc/PID/comm`, which its forks inherit."""
+ADDRESS, MARK = "TEST_WARM_PYTHON", "TEST_MARK"
+"""Environment variables: the path of the server's socket; the name in `/proc/PID/comm`, which forks inherit."""
 MODULES = (
     *("torch", "torchvision", "timm", "torch.distributed.run", "torch.nn.parallel", "torch.utils.tensorboard"),
     *("transformers.models.vit.modeling_vit", "transformers.models.vit_mae.modeling_vit_mae", "matplotlib.figure"),
